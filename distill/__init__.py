@@ -1,0 +1,1 @@
+"""From a teacher and a recipe to a converted model."""

@@ -1,0 +1,1 @@
+"""Documents, packing, mixtures and their order."""

@@ -1,0 +1,103 @@
+"""What all mixers share: the call that stands where attention stood, padding, packing and the cache."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from .specs.base import Geometry, MixerSpec
+
+State = tuple[torch.Tensor, ...]
+
+
+class MixerInputs:
+    """What the model computes once per forward and every mixer of it reads.
+
+    Passed by keyword through the decoder layers. A plain object on purpose: sharding wrappers rebuild dicts and tuples
+    among a module's inputs, which would cut the link between layers that `shared` is there to make.
+
+    Attributes:
+        padding: (B, T) bool, True at real tokens, or None where every token is real.
+        segments: (B, T) integer document numbers, non-decreasing along T, or None where a row is one document. The
+            state is reset where the number changes.
+        shared: values that one layer hands to later ones in the same forward (RWKV-7's `v_first`).
+    """
+
+    def __init__(self, padding: torch.Tensor | None = None, segments: torch.Tensor | None = None) -> None:
+        self.padding = padding
+        self.segments = segments
+        self.shared: dict[str, torch.Tensor] = {}
+
+
+class Mixer(nn.Module):
+    """Token mixing with a state of constant size, called exactly as transformers calls attention.
+
+    A subclass sets `spec` and implements `mix`. Its parameters are those of `spec.tensors`, by name and shape.
+    """
+
+    spec: ClassVar[type[MixerSpec]]
+
+    def __init__(self, geometry: Geometry, options: Any, layer_idx: int, num_layers: int, first: bool) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.options = options
+        self.layer_idx = layer_idx
+        self.num_layers = num_layers
+        self.first = first
+
+    @property
+    def position(self) -> float:
+        """Depth of this layer between 0 and 1."""
+        return self.layer_idx / max(1, self.num_layers - 1)
+
+    def reset_parameters(self) -> None:
+        """Give every parameter the value that its row of the spec names when its source is `new` (in place).
+
+        Rows that transfer would copy or derive get the family's usual normal initialisation, so that a module built
+        without a teacher is finite. Called by transfer and by the model's `_init_weights`.
+        """
+        raise NotImplementedError
+
+    def mix(
+        self,
+        x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        inputs: MixerInputs,
+        state: State | None,
+    ) -> tuple[torch.Tensor, State]:
+        """Mix tokens.
+
+        Args:
+            x: (B, T, D) layer input.
+            rotary: (cos, sin), each (B or 1, T, rotary_dim), or None where the layer has no rotary embedding.
+            inputs: padding, document borders and shared values.
+            state: fp32 tensors, batch first, from the previous call; None at the start of a sequence.
+
+        Returns:
+            (B, T, D) layer output and the new state.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        mixer_inputs: MixerInputs | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Stand where attention stood: same arguments, same (output, weights) pair; there are no weights to return.
+
+        `attention_mask` is the one made for softmax attention and is not read: padding and packing arrive in
+        `mixer_inputs`. `past_key_values` must hold a recurrent layer at this layer's index (the model sees to it).
+        """
+        inputs = mixer_inputs if mixer_inputs is not None else MixerInputs()
+        layer = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
+        state = layer.read() if layer is not None else None
+        output, state = self.mix(hidden_states, position_embeddings, inputs, state)
+        if layer is not None:
+            layer.write(state, hidden_states.shape[1])
+        return output, None

@@ -1,0 +1,1 @@
+"""The recurrences as pure functions on tensors."""

@@ -1,0 +1,50 @@
+"""The mixers that exist: one line each. Nothing is imported until it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .base import Mixer
+    from .specs.base import MixerSpec
+
+# name: (class in specs/NAME.py, class in NAME.py, other names that users type)
+_MIXERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "rwkv7": ("RWKV7Spec", "RWKV7", ("rwkv-7", "rad-rwkv7", "qrwkv7", "goose")),
+    "gated_deltanet": ("GatedDeltaNetSpec", "GatedDeltaNet", ("gdn", "gated-deltanet", "gated_delta_net")),
+}
+
+
+def names() -> list[str]:
+    """Every registered mixer's name, in the order of the registry."""
+    return list(_MIXERS)
+
+
+def resolve(name: str) -> str:
+    """The registered name for `name` or one of its aliases.
+
+    Raises:
+        ValueError: unknown name; says the nearest one and all that exist.
+    """
+    lowered = name.lower()
+    for known, (_, _, aliases) in _MIXERS.items():
+        if lowered == known or lowered in aliases:
+            return known
+    every = {alias: known for known, (_, _, aliases) in _MIXERS.items() for alias in (known, *aliases)}
+    near = difflib.get_close_matches(lowered, every, n=1)
+    hint = f" Did you mean {every[near[0]]}?" if near else ""
+    raise ValueError(f"unknown mixer {name!r}.{hint} Available: {', '.join(names())}")
+
+
+def spec(name: str) -> type[MixerSpec]:
+    """The torch-free spec class of a mixer."""
+    known = resolve(name)
+    return getattr(import_module(f".specs.{known}", __package__), _MIXERS[known][0])
+
+
+def module(name: str) -> type[Mixer]:
+    """The torch module class of a mixer (imports torch)."""
+    known = resolve(name)
+    return getattr(import_module(f".{known}", __package__), _MIXERS[known][1])

@@ -1,0 +1,1 @@
+"""What each mixer is, without torch: options, tensors, FLOPs, state."""

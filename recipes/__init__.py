@@ -1,0 +1,1 @@
+"""The typed recipe, its loader, the shipped YAML files and the runner."""
