@@ -1,0 +1,254 @@
+"""Loading a teacher, or any other checkpoint, and everything that can be wrong with one before work starts."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from ..mixers.specs.base import Geometry
+from . import families
+from .errors import MachineError, UserError
+
+DTYPES = ("float32", "bfloat16", "float16")
+_WEIGHT_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "*.md"]
+
+
+@dataclass
+class Teacher:
+    """A frozen softmax-attention model with its tokenizer.
+
+    Attributes:
+        model: the Hugging Face causal language model, in eval mode, no parameter requiring a gradient.
+        tokenizer: its tokenizer.
+        family: where attention lives.
+        geometry: of its attention.
+        source: path or Hub id as the user gave it.
+        folder: the local folder that was read.
+        revision: commit of the Hub snapshot, None for a local folder.
+    """
+
+    model: Any
+    tokenizer: Any
+    family: families.Family
+    geometry: Geometry
+    source: str
+    folder: Path
+    revision: str | None = None
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.model.config
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return self.config.num_hidden_layers
+
+    @property
+    def context(self) -> int:
+        """Positions that the teacher was made for (max_position_embeddings)."""
+        return self.config.max_position_embeddings
+
+    def attention(self, layer: int) -> Any:
+        """The attention module of a layer."""
+        return getattr(self.layers[layer], self.family.attention)
+
+    @property
+    def layers(self) -> Any:
+        """The decoder layers."""
+        return reduce(getattr, self.family.layers.split("."), self.model)
+
+
+def load_teacher(
+    name_or_path: str | Path,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    attn_implementation: str = "sdpa",
+) -> Teacher:
+    """A frozen teacher from a local folder or a Hub id.
+
+    Args:
+        name_or_path: folder with config.json, safetensors (single or sharded) and tokenizer, or a Hub id.
+        revision: branch, tag or commit on the Hub.
+        dtype: `float32`, `bfloat16` or `float16`.
+        device: where the weights go.
+        attn_implementation: transformers' name of the attention implementation.
+
+    Raises:
+        UserError: unknown family, missing or truncated file, tokenizer that does not fit the vocabulary.
+        MachineError: the Hub cannot be reached.
+    """
+    folder, commit = _locate(str(name_or_path), revision)
+    config = read_config(folder)
+    if config.get("model_type") == "relinear":
+        raise UserError(
+            f"{folder}: this is a converted model, not a softmax-attention teacher. Give the original: "
+            "teacher.model=PATH_OR_ID"
+        )
+    family = families.family(config.get("model_type", ""), str(folder / "config.json"))
+    _check_weights(folder)
+    model = _load(folder, dtype, device, attn_implementation=attn_implementation)
+    model.eval().requires_grad_(False)
+    tokenizer = load_tokenizer(folder, model.config.vocab_size)
+    return Teacher(model, tokenizer, family, family.geometry(config), str(name_or_path), folder, commit)
+
+
+def load_model(
+    name_or_path: str | Path,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """Any causal language model and its tokenizer; relinear's own exports through the installed classes.
+
+    Args:
+        name_or_path: folder or Hub id.
+        revision: branch, tag or commit on the Hub.
+        dtype: `float32`, `bfloat16` or `float16`.
+        device: where the weights go.
+        trust_remote_code: allow code from the folder of a foreign model. Never needed for relinear's own.
+
+    Returns:
+        (model in eval mode, tokenizer).
+
+    Raises:
+        UserError: as `load_teacher`, without the restriction to known families.
+    """
+    folder, _ = _locate(str(name_or_path), revision)
+    config = read_config(folder)
+    _check_weights(folder)
+    if config.get("model_type") == "relinear":
+        from .modeling.classes import student_classes
+
+        base = families.family(config.get("base_model_type", ""), str(folder / "config.json"))
+        model = _load(folder, dtype, device, cls=student_classes(base.name).causal_lm)
+    elif config.get("auto_map") and not trust_remote_code:
+        raise UserError(
+            f"{folder}: this model runs its own code. If you trust it, say so: add --trust-remote-code to the command"
+        )
+    else:
+        model = _load(folder, dtype, device, trust_remote_code=trust_remote_code)
+    return model.eval(), load_tokenizer(folder, model.config.vocab_size)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder as a dict.
+
+    Raises:
+        UserError: missing or not JSON.
+    """
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found. A model folder holds config.json, *.safetensors and a tokenizer") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}). Fetch the file again") from None
+
+
+def load_tokenizer(folder: Path, vocab_size: int) -> Any:
+    """The tokenizer of a folder.
+
+    Raises:
+        UserError: no tokenizer there, or one with ids beyond the model's vocabulary.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{folder}: no usable tokenizer ({reason}). Copy tokenizer.json from the original") from None
+    if len(tokenizer) > vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {vocab_size}. "
+            "They do not belong together: copy the tokenizer files of this model's original"
+        )
+    return tokenizer
+
+
+def _locate(name: str, revision: str | None) -> tuple[Path, str | None]:
+    """The local folder for a path or Hub id, and the commit for the latter."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path, None
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(f"{name}: no such folder. Give a folder with config.json or a Hub id such as Qwen/Qwen2.5-0.5B")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_WEIGHT_PATTERNS))
+    except GatedRepoError:
+        raise UserError(f"{name}: gated on the Hub. Accept its terms there, then: hf auth login") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"{name}: no such folder and no such model on the Hub (private? then: hf auth login)") from None
+    except (LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).split("\n")[0]
+        raise MachineError(f"{name}: no such folder, and the Hub cannot be reached ({reason})") from None
+    return folder, folder.name
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse missing and truncated safetensors before anything is loaded."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        shards = ["model.safetensors"]
+    for shard in shards:
+        path = folder / shard
+        if not path.exists():
+            named = f" (named in {index.name})" if index.exists() else ""
+            raise UserError(f"{path}: not found{named}. relinear reads safetensors; fetch the file again")
+        problem = _truncation(path)
+        if problem:
+            raise UserError(f"{path}: {problem}. Fetch the file again")
+
+
+def _truncation(path: Path) -> str | None:
+    """What is wrong with a safetensors file's size or header, None when nothing is."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        if len(head) < 8:
+            return f"{size} bytes, too short for safetensors"
+        (length,) = struct.unpack("<Q", head)
+        if length + 8 > size:
+            return f"truncated or corrupt: its header should end at byte {length + 8}, the file has {size} bytes"
+        try:
+            header = json.loads(file.read(length))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            return "corrupt: its header is not JSON"
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    expected = 8 + length + max(ends, default=0)
+    return None if size == expected else f"truncated or corrupt: expected {expected} bytes, found {size}"
+
+
+def _load(folder: Path, dtype: str, device: str, cls: Any = None, **kwargs: Any) -> Any:
+    """from_pretrained, strict: nothing missing, nothing left over."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # relinear shows its own progress
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    loader = cls or AutoModelForCausalLM
+    try:
+        model, info = loader.from_pretrained(folder, dtype=getattr(torch, dtype), output_loading_info=True, **kwargs)
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{folder}: cannot be loaded ({reason}). Fetch the files again") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(kind):
+            found = ", ".join(sorted(map(str, info[kind]))[:3])
+            raise UserError(f"{folder}: {kind.replace('_', ' ')} in the weights, e.g. {found}. Fetch the files again")
+    return model.to(device)
