@@ -1,0 +1,54 @@
+# make quickstart   install and convert the embedded teacher: the whole main job, about 4 minutes on 2 cores
+# make test         install with the development tools and run the tests
+# make lint         format check, lint and types
+# make install      the virtual environment alone
+#
+# PYTHON=python3.12 chooses another interpreter, ARGS="…" adds arguments: make test ARGS="-k transfer"
+
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev quickstart test test-slow lint format clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 6
+
+# The stamps make a second `make` start at once; a change of the pins or of the dependencies installs again.
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed. Install Python 3.11, or name yours: make $(MAKECMDGOALS) PYTHON=python3" >&2; exit 3; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: install
+	$(BIN)/relinear quickstart $(ARGS)
+
+test: install install-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-slow: install install-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow and not gpu" $(ARGS)
+
+lint: install install-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+
+format: install install-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""The commands, by what they are for: looking before the work, the work, and what came out of it."""

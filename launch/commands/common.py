@@ -1,0 +1,21 @@
+"""What several commands share: the examples under each help text, and their common arguments."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Recipe = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name (relinear ls recipes) or a YAML file.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, e.g. stages.glue.tokens=2M", show_default=False),
+]
+
+
+def examples(*commands: str, then: str) -> str:
+    """The end of a help text: command lines to copy, and the one that comes next."""
+    return "\n".join(["\b", "Examples:", *(f"  {command}" for command in commands), "", "\b", "Next:", f"  {then}"])

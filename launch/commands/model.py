@@ -1,0 +1,186 @@
+"""The commands that take a checkpoint: `eval`, `generate`, `export` and `verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ...distill.errors import RunFailed, UserError
+from ..output import data, data_json, next_command, table
+from ..progress import Progress
+from .common import Json, examples
+
+Folder = Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint's folder or Hub id.")]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run code that a foreign model brings; relinear's own never need it."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the console command."""
+    app.command(
+        "eval",
+        epilog=examples(
+            "relinear eval runs/quickstart/export --against FOLDER --text valid.txt --json",
+            "relinear eval runs/quickstart/export --against FOLDER --text valid.txt --max-tokens 50000",
+            then="relinear verify runs/quickstart/export",
+        ),
+    )(evaluate)
+    app.command(
+        epilog=examples(
+            "relinear generate runs/quickstart/export --prompt 'Once upon a time'",
+            "relinear generate runs/quickstart/export --prompt 'Q: ' --max-new-tokens 64 --temperature 0.8 --seed 1",
+            then="relinear eval runs/quickstart/export --against FOLDER --text FILE",
+        )
+    )(generate)
+    app.command(
+        epilog=examples(
+            "relinear export runs/mine",
+            "relinear export runs/mine --step last --out models/mine",
+            then="relinear verify runs/mine/export",
+        )
+    )(export)
+    app.command(
+        epilog=examples(
+            "relinear verify runs/quickstart/export",
+            "relinear verify runs/quickstart/export --json",
+            then="relinear generate runs/quickstart/export --prompt TEXT",
+        )
+    )(verify)
+
+
+def evaluate(
+    folder: Folder,
+    against: Annotated[str, typer.Option(metavar="TEACHER", help="Folder or Hub id of the model to compare with.")],
+    text: Annotated[Path, typer.Option(metavar="FILE", help="Held-out text, jsonl or parquet.")],
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Stop after N tokens.", show_default=False)
+    ] = None,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="N", help="Window; the smaller of both contexts by default.", show_default=False),
+    ] = None,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Measure a model against its teacher.
+
+    Perplexity of both, KL divergence and top-1 agreement on held-out text, each with its standard error. Any Hugging
+    Face causal language model will do.
+    """
+    from ...eval.fidelity import compare
+
+    with Progress() as progress:
+        progress.stage("eval", max_tokens)
+        result = compare(
+            folder,
+            against,
+            text,
+            seq_len=seq_len,
+            max_tokens=max_tokens,
+            trust_remote_code=trust_remote_code,
+            progress=progress.counted,
+        )
+        progress.done()
+    if json:
+        data_json(result)
+    else:
+        data(_fidelity_table(result))
+
+
+def _fidelity_table(result: dict[str, Any]) -> str:
+    """Each figure with its standard error."""
+    flat = {
+        "perplexity_ratio": result["perplexity_ratio"],
+        "kl": result["kl"],
+        "top1_agreement": result["top1_agreement"],
+    }
+    errors = {name: result.get(f"{name}_stderr") for name in flat}
+    for side in ("student", "teacher"):
+        flat[f"{side} perplexity"] = result[side]["perplexity"]
+        errors[f"{side} perplexity"] = result[side].get("perplexity_stderr")
+    order = ("teacher perplexity", "student perplexity", *list(flat)[:3])
+    rows = [(n, f"{flat[n]:.4f}", "" if errors[n] is None else f"± {errors[n]:.4f}") for n in order]
+    return table([*rows, ("tokens", str(result["tokens"]), "")], ("figure", "value", "stderr"))
+
+
+def generate(
+    folder: Folder,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to add at most.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, metavar="T", help="0 takes the likeliest token each time.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Continue a text with a checkpoint."""
+    import torch
+
+    from ...distill.teacher import load_model
+
+    model, tokenizer = load_model(folder, trust_remote_code=trust_remote_code)
+    ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if ids["input_ids"].shape[1] == 0:
+        raise UserError("--prompt: the text has no tokens. Give at least one character: --prompt 'Once upon a time'")
+    torch.manual_seed(seed)
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    )
+    with torch.no_grad():
+        out = model.generate(**ids, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling)
+    text = tokenizer.decode(out[0], skip_special_tokens=True)
+    new = out.shape[1] - ids["input_ids"].shape[1]
+    if json:
+        data_json({"prompt": prompt, "text": text, "new_tokens": new, "seed": seed, "temperature": temperature})
+    else:
+        data(text)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    step: Annotated[str, typer.Option(metavar="best|last|N", help="Which saved step.")] = "best",
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to; RUN/export by default.", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Write a saved step for plain transformers to load."""
+    from ...distill.export import export as work
+
+    if step not in ("best", "last") and not step.isdigit():
+        raise UserError(f"--step {step}: expected best, last or a step's number, e.g. --step last")
+    folder = work(run, int(step) if step.isdigit() else step, out)
+    if json:
+        data_json({"export": str(folder)})
+    else:
+        data(str(folder))
+    next_command(f"relinear verify {folder}")
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An exported checkpoint.")],
+    json: Json = False,
+) -> None:
+    """Prove that a checkpoint works with transformers alone.
+
+    In a fresh process, offline, from a moved folder, without relinear: loading, generation with and without cache,
+    padding, saving and training.
+    """
+    from ...distill.verify import verify as work
+
+    result = work(folder)
+    checks: dict[str, dict[str, Any]] = result["checks"]
+    if json:
+        data_json(result)
+    else:
+        rows = [(name, "ok" if check["ok"] else "FAILED", check["detail"]) for name, check in checks.items()]
+        data(table(rows, ("check", "result", "detail")))
+    failed = [name for name, check in checks.items() if not check["ok"]]
+    if failed:
+        raise RunFailed(f"{folder}: {len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
+    next_command(f"relinear generate {folder} --prompt 'Once upon a time'")

@@ -1,0 +1,88 @@
+"""The commands that work: `quickstart` and `run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..output import data, data_json, next_command, talk
+from ..progress import Progress
+from .common import Json, Overrides, Recipe, examples
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the console command."""
+    app.command(
+        epilog=examples(
+            "relinear quickstart",
+            "relinear quickstart --out runs/first --json > first.json",
+            then="relinear generate runs/quickstart/export --prompt 'Once upon a time'",
+        )
+    )(quickstart)
+    app.command(
+        epilog=examples(
+            "relinear run rwkv7 teacher.model=FOLDER data.source=stories.txt",
+            "relinear run my.yaml stages.glue.tokens=2M --out runs/second",
+            "relinear run my.yaml --resume --max-hours 8",
+            then="relinear eval runs/NAME/export --against FOLDER --text valid.txt",
+        )
+    )(run)
+
+
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/quickstart"),
+    json: Json = False,
+) -> None:
+    """Convert the small teacher inside this package, twice.
+
+    All of its layers, and all but one; then measure what was lost and won, export, verify and generate.
+
+    Needs no network and no GPU; about 4 minutes on 2 cores.
+    """
+    from ...recipes.quickstart import quickstart as work
+
+    with Progress() as progress:
+        result = work(out, progress)
+    _report(result, json)
+
+
+def run(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in this folder stopped.")] = False,
+    max_hours: Annotated[
+        float | None, typer.Option(min=0, metavar="H", help="Save and stop after H hours.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Run folder; the same as save.dir=DIR.", show_default=False)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop before any work.")] = False,
+    json: Json = False,
+) -> None:
+    """Carry out a recipe: transfer, align, glue, evaluate, export."""
+    changes = [*(overrides or []), *([f"save.dir={out}"] if out is not None else [])]
+    if dry_run:
+        from .look import plan
+
+        plan(recipe, changes, json)
+        return
+    from ...recipes.loader import load
+    from ...recipes.runner import run as work
+
+    resolved = load(recipe, changes)
+    with Progress() as progress:
+        result = work(resolved, resume=resume, max_hours=max_hours, progress=progress)
+    _report(result, json)
+
+
+def _report(result: dict[str, Any], json: bool) -> None:
+    """The result as data; what to type next as talk."""
+    if json:
+        data_json(result)
+    else:
+        data(result["table"])
+    if "export" in result:
+        talk(f"Checkpoint: {result['export']}")
+        next_command(f"relinear generate {result['export']} --prompt 'Once upon a time'")

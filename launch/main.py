@@ -1,0 +1,123 @@
+"""The console command: what there is, and how each end of a command becomes an exit code and one message."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import tempfile
+import traceback
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..distill.errors import MachineError, RunFailed, UserError
+from .commands import doctor, look, model, work
+from .commands.common import examples
+from .output import talk
+
+OK, FAILED, USER, MACHINE, INTERRUPTED = 0, 1, 2, 3, 130
+
+app = typer.Typer(
+    name="relinear",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=examples(
+        "relinear quickstart",
+        "relinear ls recipes",
+        "relinear plan rwkv7 teacher.model=FOLDER data.source=FILE",
+        then="relinear quickstart",
+    ),
+)
+for commands in (work, look, model, doctor):
+    commands.register(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"relinear {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def group(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    show_traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where an error came from: relinear --traceback COMMAND …")
+    ] = False,
+) -> None:
+    """Turn pretrained softmax-attention transformers into linear-attention hybrids.
+
+    Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 the work failed, 2 your input, 3 the machine.
+    """
+    context.obj = {"traceback": show_traceback}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line (`sys.argv` by default) and return its exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    # An error can come before the options are parsed, so this one is looked for here as well.
+    show = "--traceback" in arguments[:1]
+    try:
+        code = app(args=arguments, prog_name="relinear", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of stdout left, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (KeyboardInterrupt, typer.Abort):
+        talk("interrupted")
+        return INTERRUPTED
+    except Exception as error:
+        return _explain(error, show)
+    return code if isinstance(code, int) else OK
+
+
+def _explain(error: Exception, show_traceback: bool) -> int:
+    """Say what went wrong in one message and return the exit code."""
+    if show_traceback:
+        traceback.print_exception(error)
+    if isinstance(error, typer.TyperException):
+        return _usage(error)
+    if isinstance(error, (UserError, MachineError, RunFailed)):
+        talk(f"error: {error}")
+        return error.exit_code
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        talk(f"error: no space left on the disk{where}. Free some, or choose another folder with --out")
+        return MACHINE
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        talk(f"error: out of memory: {str(error).splitlines()[0] if str(error) else 'the machine has no more'}")
+        return MACHINE
+    where = "" if show_traceback else f"\nThe traceback is in {_keep_traceback(error)}"
+    first = (str(error).splitlines() or [""])[0]
+    talk(f"error: unexpected {type(error).__name__}: {first}{where}")
+    return FAILED
+
+
+def _usage(error: typer.TyperException) -> int:
+    context = getattr(error, "ctx", None)
+    if context is not None and not context.args and error.message == context.get_help():  # a bare `relinear`
+        talk(error.message)
+        return USER
+    command = context.command_path if context is not None else "relinear"
+    talk(f"error: {command}: {error.format_message()} See: {command} --help")
+    return USER
+
+
+def _keep_traceback(error: Exception) -> str:
+    text = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="relinear-", suffix=".txt", delete=False, encoding="utf-8"
+        ) as file:
+            file.write(text)
+    except OSError:
+        return f"what follows, as no file could be written:\n{text}"
+    return file.name

@@ -1,0 +1,47 @@
+"""The command line's reference page, made from the commands' own help texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+HEADER = """# Command line
+
+<!-- Generated from `--help` by relinear.launch.reference; a test keeps it equal. Write it anew with
+     python -m relinear.launch.reference > docs/reference/cli.md -->
+
+Results go to stdout, everything else to stderr, so `relinear COMMAND --json | jq` works with progress on the screen.
+
+| exit code | means |
+|---|---|
+| 0 | done |
+| 1 | the work failed: a NaN, a checkpoint that does not verify, or an error in relinear itself |
+| 2 | your input: an option, a recipe, a file |
+| 3 | the machine: memory, disk, network, a package that is not installed |
+| 130 | interrupted |
+"""
+WIDTH = 100
+
+
+def markdown() -> str:
+    """The page, as it stands in docs/reference/cli.md."""
+    from .main import app
+
+    group: Any = typer.main.get_command(app)
+    context = group.make_context("relinear", [], resilient_parsing=True, terminal_width=WIDTH, max_content_width=WIDTH)
+    parts = [HEADER, _section("relinear", group.get_help(context))]
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        inner = command.make_context(name, [], parent=context, resilient_parsing=True)
+        parts.append(_section(f"relinear {name}", command.get_help(inner)))
+    return "\n".join(parts)
+
+
+def _section(title: str, text: str) -> str:
+    lines = "\n".join(line.rstrip() for line in text.rstrip().splitlines())
+    return f"## {title}\n\n```text\n{lines}\n```\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
