@@ -1,0 +1,336 @@
+"""Training state on disk: one atomic directory per commit, from which a run goes on to the same numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from . import files
+from .errors import MachineError, UserError
+
+FORMAT = 1
+WEIGHTS = "weights.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+RNG = "rng.safetensors"
+HELD = "state.safetensors"
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed directory `STAGE-STEP`.
+
+    Attributes:
+        path: the directory.
+        stage: the stage that wrote it.
+        step: optimizer steps done.
+        complete: the stage had ended.
+        state: everything else, plain values: `tokens`, `best`, `source`, `metrics_offset`, `environment`, `result`, …
+    """
+
+    path: Path
+    stage: str
+    step: int
+    complete: bool
+    state: dict[str, Any]
+
+    def weights(self) -> dict[str, Tensor]:
+        """The stage's tensors by name, on the CPU."""
+        return _load(self.path / WEIGHTS)
+
+    def source(self) -> dict[str, Any]:
+        """The data source's state, with its tensors."""
+        return _give_tensors(self.state["source"], _load(self.path / HELD))
+
+    def optimizer(self) -> dict[str, Tensor]:
+        """The optimizer's tensors, `PARAMETER/KIND`, on the CPU."""
+        return _load(self.path / OPTIMIZER)
+
+
+class Checkpoints:
+    """The commits of a run: `FOLDER/STAGE-STEP/`."""
+
+    def __init__(self, folder: Path | str, keep: int = 2) -> None:
+        """Open, and clear away what a killed save left behind.
+
+        Args:
+            folder: the run's `checkpoints` folder; made when first written to.
+            keep: unfinished commits of a stage to keep, besides the best one and every completed stage.
+        """
+        self.folder = Path(folder)
+        self.keep = keep
+        files.clean_temporaries(self.folder)
+
+    def all(self, stage: str | None = None) -> list[Checkpoint]:
+        """Every whole commit, oldest first; of one stage, where it is named.
+
+        Directories whose files are missing or have another size than recorded are left out.
+        """
+        if not self.folder.is_dir():
+            return []
+        found = [_read(path) for path in self.folder.iterdir() if not files.is_temporary(path) and path.is_dir()]
+        whole = [c for c in found if c is not None and stage in (None, c.stage)]
+        return sorted(whole, key=lambda c: c.state["sequence"])
+
+    def damaged(self) -> list[Path]:
+        """Directories here that are not whole commits."""
+        if not self.folder.is_dir():
+            return []
+        paths = [path for path in self.folder.iterdir() if path.is_dir() and not files.is_temporary(path)]
+        return sorted(path for path in paths if _read(path) is None)
+
+    def newest(self, stage: str | None = None) -> Checkpoint | None:
+        """The last commit, of one stage where it is named."""
+        found = self.all(stage)
+        return found[-1] if found else None
+
+    def require_complete(self, stage: str) -> Checkpoint:
+        """The commit with which a stage ended.
+
+        Raises:
+            UserError: the stage has not ended; nothing may start from it.
+        """
+        found = [c for c in self.all(stage) if c.complete]
+        if found:
+            return found[-1]
+        newest = self.newest(stage)
+        where = f"stopped at step {newest.step}" if newest else "has no checkpoint"
+        raise UserError(
+            f"{self.folder}: stage {stage!r} {where}, and the next stage starts only from a complete one. "
+            "Finish it first: run the same command with --resume"
+        )
+
+    def commit(
+        self,
+        stage: str,
+        step: int,
+        weights: dict[str, Tensor],
+        state: dict[str, Any],
+        *,
+        optimizer: dict[str, Tensor] | None = None,
+        complete: bool = False,
+    ) -> Checkpoint:
+        """Write a commit; afterwards remove those no longer needed.
+
+        Args:
+            stage: its name.
+            step: optimizer steps done.
+            weights: the stage's tensors.
+            state: plain values that JSON gives back equal, and tensors among them.
+            optimizer: tensors by name; a completed stage needs none.
+            complete: the stage has ended.
+
+        Raises:
+            MachineError: no room; all earlier commits are untouched.
+        """
+        newest = self.newest()
+        state = dict(state)
+        state |= {"format": FORMAT, "stage": stage, "step": step, "complete": complete}
+        state |= {"sequence": newest.state["sequence"] + 1 if newest else 0, "environment": environment()}
+        state["python_rng"] = _plain(random.getstate())
+        held: dict[str, Tensor] = {}
+        state = {key: _take_tensors(value, held) for key, value in state.items()}
+        parts = {WEIGHTS: weights, RNG: _rng(), HELD: held} | ({OPTIMIZER: optimizer} if optimizer is not None else {})
+        path = self.folder / f"{stage}-{step}"
+        needed = sum(t.numel() * t.element_size() for part in parts.values() for t in part.values())
+
+        def write(folder: Path) -> None:
+            for name, tensors in parts.items():
+                _save(tensors, folder / name, path, needed)
+            state["files"] = {name: (folder / name).stat().st_size for name in parts}
+            (folder / STATE).write_text(_exact_json(state), encoding="utf-8")
+
+        files.commit_directory(path, write, needed)
+        self._prune(stage)
+        return Checkpoint(path, stage, step, complete, state)
+
+    def _prune(self, stage: str) -> None:
+        commits = self.all(stage)
+        best = commits[-1].state.get("best") or {}
+        partial = [c for c in commits if not c.complete]
+        spare = 0 if commits[-1].complete else self.keep
+        for commit in partial[: max(0, len(partial) - spare)]:
+            if commit.step != best.get("step"):
+                files.remove_directory(commit.path)
+
+
+def environment() -> dict[str, Any]:
+    """What bit-identical numbers depend on: versions, threads, processes, hardware."""
+    versions = {}
+    for name in ("relinear", "torch", "transformers", "numpy", "flash-linear-attention"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return {
+        **versions,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def environment_warning(checkpoint: Checkpoint) -> str | None:
+    """What differs between now and when a commit was written, in a sentence; None where nothing does."""
+    before, now = checkpoint.state["environment"], environment()
+    different = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
+    if not different:
+        return None
+    return f"{checkpoint.path.name} was written elsewhere ({', '.join(different)}): numbers will not be bit-identical"
+
+
+def restore_rng(checkpoint: Checkpoint) -> None:
+    """Put python's, numpy's and torch's random number generators back to where they were."""
+    kind, values, gauss = checkpoint.state["python_rng"]
+    random.setstate((kind, tuple(values), gauss))
+    saved = _load(checkpoint.path / RNG)
+    keys, extra = saved["numpy"].numpy().astype(np.uint32), saved["numpy_extra"]
+    np.random.set_state(("MT19937", keys, int(extra[0]), int(extra[1]), float(extra[2])))
+    torch.set_rng_state(saved["torch"])
+    if "cuda" in saved and torch.cuda.is_available():
+        torch.cuda.set_rng_state(saved["cuda"])
+
+
+def module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers, a tensor with two names (tied embeddings) once, under its first."""
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach()
+    return tensors
+
+
+def load_module(module: nn.Module, tensors: dict[str, Tensor], where: Path | str) -> None:
+    """Copy a commit's tensors into a module, in place and strictly.
+
+    Raises:
+        UserError: a name missing, left over, or of another shape: the checkpoint is of another model.
+    """
+    own = module_tensors(module)
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    for problem, names in (("missing", missing), ("unknown", extra), ("of another shape", sorted(shapes))):
+        if names:
+            raise UserError(
+                f"{where}: {len(names)} tensors {problem}, e.g. {names[0]}. This checkpoint belongs to another teacher "
+                "or recipe: resume with the recipe in its run folder, or start in a new folder: save.dir=FOLDER"
+            )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
+    """An optimizer's state by parameter name, `PARAMETER/KIND`."""
+    return {
+        f"{names[parameter]}/{kind}": value.detach()
+        for parameter, state in optimizer.state.items()
+        for kind, value in state.items()
+    }
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter]
+) -> None:
+    """Put back what `optimizer_tensors` took."""
+    for key, value in tensors.items():
+        name, kind = key.rsplit("/", 1)
+        parameter = parameters[name]
+        optimizer.state[parameter][kind] = value.to(parameter.device)
+
+
+def _read(path: Path) -> Checkpoint | None:
+    """The commit in a directory, None where it is not whole."""
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        sizes: dict[str, int] = state["files"]
+        if any((path / name).stat().st_size != size for name, size in sizes.items()):
+            return None
+        return Checkpoint(path, state["stage"], state["step"], state["complete"], state)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"{path}: cannot be read ({reason}). Remove {path.parent} to go on from the one before"
+        ) from None
+
+
+def _save(tensors: dict[str, Tensor], path: Path, final: Path, needed: int) -> None:
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if any(f"os error {code}" in str(error) for code in (27, 28, 122)):
+            raise MachineError(files.full_disk(final, needed)) from error
+        raise
+
+
+def _rng() -> dict[str, Tensor]:
+    state: Any = np.random.get_state()
+    _, keys, position, has_gauss, gauss = state
+    tensors = {
+        "numpy": torch.from_numpy(keys.astype(np.int64)),
+        "numpy_extra": torch.tensor([position, has_gauss, gauss], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def _take_tensors(value: Any, held: dict[str, Tensor]) -> Any:
+    """`value` with every tensor inside moved to `held` and its key there left in its place."""
+    if isinstance(value, Tensor):
+        key = str(len(held))
+        held[key] = value.detach()
+        return {"__tensor__": key}
+    if isinstance(value, dict):
+        return {key: _take_tensors(entry, held) for key, entry in value.items()}
+    return [_take_tensors(entry, held) for entry in value] if isinstance(value, list) else value
+
+
+def _give_tensors(value: Any, held: dict[str, Tensor]) -> Any:
+    """Undo `_take_tensors`."""
+    if isinstance(value, dict):
+        if value.keys() == {"__tensor__"}:
+            return held[value["__tensor__"]]
+        return {key: _give_tensors(entry, held) for key, entry in value.items()}
+    return [_give_tensors(entry, held) for entry in value] if isinstance(value, list) else value
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(entry) for entry in value] if isinstance(value, tuple | list) else value
+
+
+def _exact_json(state: dict[str, Any]) -> str:
+    """JSON that comes back as the same values.
+
+    Raises:
+        TypeError: naming the entry that would not (a tensor, a dict with integer keys, a tuple).
+    """
+    for key, value in state.items():
+        if json.loads(json.dumps(value)) != value:
+            raise TypeError(f"checkpoint entry {key!r} does not survive JSON; give plain lists, dicts and numbers")
+    return json.dumps(state, indent=1)

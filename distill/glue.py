@@ -1,0 +1,143 @@
+"""Glue and extend: the student learns, as one model, to give the teacher's logits or the text (DESIGN §5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .data.batch import Batch
+from .errors import UserError
+from .losses import TERMS, logit_loss
+from .precision import autocast, no_autocast
+from .stage import Group, Stage, StageSettings
+from .teacher import Teacher
+
+TRAIN = ("all", "no-ffn", "mixers+norms", "mixers")
+"""What may train: everything; all but the feed-forward blocks; mixers and every norm; mixers."""
+
+
+def glue_stage(teacher: Teacher, student: Any, settings: StageSettings, name: str = "glue") -> Stage:
+    """The stage in which the student trains end to end; `extend` is the same at another length and loss.
+
+    Args:
+        teacher: frozen. Not run where only `ce` has a weight.
+        student: a RelinearForCausalLM; its parameters are made trainable or not here, and what trains fp32.
+        settings: `loss` holds weights of `kl`, `reverse_kl` and `ce`; `train` is one of `TRAIN`.
+        name: of the stage.
+
+    Raises:
+        ValueError: unknown `train`, or a loss without weight.
+        UserError: the teacher does something to its logits that the loss would not see.
+    """
+    if settings.train not in TRAIN:
+        raise ValueError(f"{name} cannot train {settings.train!r}. Available: {', '.join(TRAIN)}")
+    weights = settings.loss
+    if not isinstance(weights, dict) or set(weights) - set(TERMS) or not any(w > 0 for w in weights.values()):
+        raise ValueError(f"{name}.loss: expected positive weights of {', '.join(TERMS)}, found {weights!r}")
+    for model in (teacher.model, student):
+        _check_head(model)
+    groups = _choose(teacher, student, settings)
+    trained = {id(p) for group in groups for p in group.parameters.values()}
+    frozen = {f"teacher {key}": tensor for key, tensor in teacher.model.state_dict().items()}
+    frozen |= {key: tensor for key, tensor in student.state_dict(keep_vars=True).items() if id(tensor) not in trained}
+    return Stage(
+        name=name,
+        module=student,
+        groups=groups,
+        step=lambda batch, total: glue_step(teacher, student, batch, total, weights, settings),
+        count=lambda batch: int(batch.targets[:, 1:].sum()),
+        frozen=frozen,
+        joint_clip=True,
+        report=lambda: {"changed": changed_tensors(teacher, student)},
+    )
+
+
+def glue_step(
+    teacher: Teacher, student: Any, batch: Batch, total: int, weights: dict[str, float], settings: StageSettings
+) -> dict[str, Tensor]:
+    """Forward and backward of the student against the teacher.
+
+    Args:
+        teacher: frozen.
+        student: see `glue_stage`.
+        batch: all of a batch or a part of it.
+        total: counted targets of the whole batch.
+        weights: of the loss terms.
+        settings: for precision and temperature.
+
+    Returns:
+        `loss`, its terms, and `ce` in any case.
+    """
+    device = batch.input_ids.device.type
+    call = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    wanted = None
+    with autocast(device, settings.precision):
+        if weights.get("kl") or weights.get("reverse_kl"):
+            with torch.no_grad():
+                wanted = teacher.model.model(**call).last_hidden_state
+        made = student.model(**call).last_hidden_state
+        loss, terms = logit_loss(
+            made,
+            student.get_output_embeddings(),
+            wanted,
+            teacher.model.get_output_embeddings(),
+            batch.input_ids,
+            batch.targets,
+            weights,
+            total=total,
+            temperature=settings.temperature,
+        )
+    with no_autocast(device):
+        loss.backward()
+    return {"loss": loss.detach(), **terms}
+
+
+def changed_tensors(teacher: Teacher, student: Any) -> list[str]:
+    """Names of the teacher's tensors that the student holds with other values, compared in the teacher's dtype."""
+    own = student.state_dict()
+    return [
+        name
+        for name, tensor in teacher.model.state_dict().items()
+        if name in own and not torch.equal(own[name].to(tensor.dtype), tensor)
+    ]
+
+
+def _choose(teacher: Teacher, student: Any, settings: StageSettings) -> list[Group]:
+    """Decide what trains, bring it to fp32, and group it."""
+    student.requires_grad_(False)
+    if settings.precision == "fp32":
+        student.float()
+    in_mixers = {id(p) for mixer in student.mixers().values() for p in mixer.parameters()}
+    ffn = f".{teacher.family.mlp}."
+    mixers: dict[str, nn.Parameter] = {}
+    rest: dict[str, nn.Parameter] = {}
+    for name, parameter in student.named_parameters():
+        if id(parameter) in in_mixers:
+            mixers[name] = parameter
+        elif _trains(name, settings.train, ffn):
+            rest[name] = parameter
+    for parameter in (*mixers.values(), *rest.values()):
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    groups = [Group("mixers", mixers, settings.lr_mixers), Group("the rest", rest)]
+    return [group for group in groups if group.parameters]
+
+
+def _trains(name: str, train: str, ffn: str) -> bool:
+    """Whether a parameter outside the mixers trains; `ffn` is what the names of feed-forward blocks contain."""
+    if train == "mixers+norms":
+        return "norm" in name.rsplit(".", 2)[-2]
+    return train == "all" or (train == "no-ffn" and ffn not in name)
+
+
+def _check_head(model: Any) -> None:
+    """Refuse what `logit_loss`, which sees hidden states and the head only, would silently leave out."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise UserError(f"{type(model).__name__}: its output head is {type(head).__name__}, glue knows nn.Linear only")
+    for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        value = getattr(model.config, key, None)
+        if value is not None and value != 1:
+            raise UserError(f"{type(model).__name__}: config.json sets {key}={value}, which glue does not know")

@@ -1,0 +1,426 @@
+"""The one training loop. A stage says what trains, on which loss; the loop does the rest the same way for all."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import random
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint as saved
+from . import files
+from .data.batch import Batch
+from .data.source import Source
+from .errors import RunFailed, UserError
+from .schedule import learning_rate
+from .stage import COSMETIC, Callbacks, Group, Stage, StageResult, StageSettings
+
+__all__ = ["Callbacks", "Group", "Stage", "StageResult", "StageSettings", "run_stage"]
+
+
+def run_stage(
+    stage: Stage,
+    source: Source,
+    settings: StageSettings,
+    *,
+    folder: Path | str,
+    resume: bool = False,
+    after: str | None = None,
+    callbacks: Callbacks | None = None,
+    deadline: float | None = None,
+) -> StageResult:
+    """Train a stage to its end, or until told to stop.
+
+    Args:
+        stage: what trains and how.
+        source: of batches, at its beginning; put to where it was when a run resumes.
+        settings: see there.
+        folder: of the run: `metrics.jsonl` and `checkpoints/` are written there.
+        resume: go on from this stage's newest commit, if it has one. A stage that had ended is loaded and returned.
+        after: the stage that this one builds on; it must be complete in this folder.
+        callbacks: see there.
+        deadline: `time.monotonic()` after which no further step starts.
+
+    Raises:
+        UserError: the folder already holds this stage and `resume` is False, `after` is not complete, the commit is of
+            another model or other settings, or a batch is empty.
+        RunFailed: a loss or gradient that is not finite (the weights are those before the step), or an end check.
+        MachineError: no disk space; what was committed is untouched.
+    """
+    folder = Path(folder)
+    files.clean_temporaries(folder)
+    store = saved.Checkpoints(folder / "checkpoints", settings.keep)
+    callbacks = callbacks or Callbacks()
+    found = store.newest(stage.name)
+    if found and not resume:
+        raise UserError(
+            f"{folder}: already holds stage {stage.name!r} up to step {found.step}. Continue it with --resume, or "
+            "choose another folder: save.dir=FOLDER"
+        )
+    if after is not None:
+        store.require_complete(after)
+    for path in store.damaged():
+        callbacks.message(f"{path}: not a whole checkpoint, ignored")
+    with files.MetricsLog(folder / "metrics.jsonl") as log:
+        run = _Run(stage, source, settings, store, log, callbacks)
+        if found:
+            run.restore(found)
+            if found.complete:
+                return StageResult(**found.state["result"], path=found.path)
+        else:
+            run.begin(resume)
+        return run.train(deadline)
+
+
+class _Run:
+    """One stage under way: the counters, and what is done with them."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        source: Source,
+        settings: StageSettings,
+        store: saved.Checkpoints,
+        log: files.MetricsLog,
+        callbacks: Callbacks,
+    ) -> None:
+        self.stage = stage
+        self.source = source
+        self.settings = settings
+        self.store = store
+        self.log = log
+        self.callbacks = callbacks
+        self.parameters = stage.parameters
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in self.parameters.items()}
+        self.device = next(iter(self.names)).device
+        self.optimizer = _optimizer(stage, settings)
+        self.step = self.tokens = 0
+        self.seconds = 0.0
+        self.committed: saved.Checkpoint | None = None
+        self.best: dict[str, Any] | None = None
+        self.metrics: dict[str, Any] = {}
+        self.before: dict[str, dict[str, str]] = {}
+        self._window = (0.0, 0)
+
+    def begin(self, resume: bool) -> None:
+        """The very start of a stage."""
+        if resume:
+            self.log.truncate_at_stage(self.stage.name)
+        seed_all(self.settings.seed)
+        self.before = {"frozen": fingerprints(self.stage.frozen), "trained": fingerprints(self.parameters)}
+        trained = sum(p.numel() for p in self.names)
+        self.callbacks.message(f"{self.stage.name}: {trained:,} parameters train, {self.settings.tokens:,} tokens")
+
+    def restore(self, commit: saved.Checkpoint) -> None:
+        """Take up a commit."""
+        state = commit.state
+        self._check_same(state, commit.path)
+        saved.load_module(self.stage.module, commit.weights(), commit.path)
+        self.step, self.tokens, self.seconds = commit.step, state["tokens"], state["seconds"]
+        self.best, self.metrics, self.before = state["best"], state["metrics"], state["fingerprints"]
+        self.committed = commit
+        self._window = (self.seconds, self.tokens)
+        if commit.complete:
+            self.callbacks.message(f"{self.stage.name}: complete, loaded from {commit.path}")
+            return
+        self.log.truncate(state["metrics_offset"])
+        saved.load_optimizer(self.optimizer, commit.optimizer(), self.parameters)
+        self.source.load_state_dict(commit.source())
+        warning = saved.environment_warning(commit)
+        if warning:
+            self.callbacks.message(f"warning: {warning}")
+        self.callbacks.message(f"{self.stage.name}: goes on from {commit.path} (step {self.step})")
+        saved.restore_rng(commit)
+
+    def _check_same(self, state: dict[str, Any], path: Path) -> None:
+        now = _settings_dict(self.settings)
+        then = state["settings"]
+        for key in now:
+            if key not in COSMETIC and now[key] != then.get(key):
+                raise UserError(
+                    f"{path}: was made with {self.stage.name}.{key} = {then.get(key)}, now it is {now[key]}. Set it "
+                    "back to resume, or start in a new folder: save.dir=FOLDER"
+                )
+        frozen = fingerprints(self.stage.frozen)
+        changed = _different(state["fingerprints"]["frozen"], frozen)
+        if changed:
+            raise UserError(
+                f"{path}: was made with another teacher ({len(changed)} tensors differ, e.g. {changed[0]}). Resume "
+                "with the teacher that the run began with, or start in a new folder: save.dir=FOLDER"
+            )
+
+    def train(self, deadline: float | None) -> StageResult:
+        """Steps until the tokens are spent, or until told to stop."""
+        settings = self.settings
+        self.stage.module.train()
+        try:
+            while self.tokens < settings.tokens:
+                if self.callbacks.should_stop() or (deadline is not None and time.monotonic() >= deadline):
+                    if self.committed is None or self.committed.step != self.step:
+                        self._commit()
+                    return self._result("stopped", [])
+                before = self.tokens
+                self._one_step()
+                last = self.tokens >= settings.tokens
+                improved = self._evaluate() if last or _due(before, self.tokens, settings.eval_every) else False
+                if not last and (improved or _due(before, self.tokens, settings.save_every)):
+                    self._commit()
+        finally:
+            self.stage.module.eval()
+        unchanged = self._check_end()
+        result = self._result("complete", unchanged)
+        self._commit(result)
+        return dataclasses.replace(result, path=self.committed.path if self.committed else result.path)
+
+    def _one_step(self) -> None:
+        start = time.perf_counter()
+        batch = self._next_batch()
+        rates = self._set_rates()
+        counted = self.stage.count(batch)
+        metrics = self._accumulate(batch, counted)
+        losses, norms = self._check(metrics)
+        if counted:
+            self._clip(norms)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.tokens += batch.tokens
+        self.seconds += time.perf_counter() - start
+        self._record(losses, norms, rates)
+
+    def _next_batch(self) -> Batch:
+        batch = self.source.next_batch()
+        if batch.tokens == 0:
+            raise UserError(
+                f"{self.stage.name}: step {self.step + 1} got a batch of nothing but padding: check the data"
+            )
+        return batch.to(self.device)
+
+    def _set_rates(self) -> list[float]:
+        """The learning rate of each optimizer group for the coming step. Position is counted in tokens."""
+        settings = self.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(
+                self.tokens,
+                settings.tokens,
+                lr=group["peak"],
+                lr_final=settings.lr_final,
+                schedule=settings.schedule,
+                warmup=settings.warmup * settings.batch * settings.seq_len,
+            )
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def _accumulate(self, batch: Batch, counted: int) -> dict[str, Tensor]:
+        """Forward and backward of the batch, in parts where `micro_batch` says so."""
+        rows = batch.shape[0]
+        size = self.settings.micro_batch or rows
+        sums: dict[str, Tensor] = {}
+        for start in range(0, rows, size):
+            part = batch if size >= rows else batch.rows(start, min(start + size, rows))
+            for name, value in self.stage.step(part, counted).items():
+                sums[name] = sums[name] + value if name in sums else value
+        return sums
+
+    def _check(self, metrics: dict[str, Tensor]) -> tuple[dict[str, float], list[float]]:
+        """Losses and each group's gradient norm as numbers: the step's only wait for the device.
+
+        Raises:
+            RunFailed: one is not finite.
+        """
+        grads = [[p.grad for p in group.parameters.values() if p.grad is not None] for group in self.stage.groups]
+        norms = [torch.nn.utils.get_total_norm(group, foreach=True) for group in grads]
+        values = torch.stack(
+            [*(v.float() for v in metrics.values()), *(n.float().to(self.device) for n in norms)]
+        ).tolist()
+        losses = dict(zip(metrics, values, strict=False))
+        bad = [name for name, value in losses.items() if not math.isfinite(value)]
+        # The sum is not finite when a part is not: name the part.
+        culprit = next((f"the loss ({name})" for name in bad if name != "loss"), "the loss" if bad else None)
+        for group, norm in zip(self.stage.groups, values[len(losses) :], strict=True):
+            if culprit is None and not math.isfinite(norm):
+                bad_names = [
+                    n for n, p in group.parameters.items() if p.grad is not None and not p.grad.isfinite().all()
+                ]
+                culprit = f"the gradient of {group.name} ({bad_names[0] if bad_names else 'its norm overflows'})"
+        if culprit is None:
+            return losses, values[len(losses) :]
+        self.optimizer.zero_grad(set_to_none=True)
+        where = f"the last checkpoint is {self.committed.path}" if self.committed else "there is no checkpoint yet"
+        raise RunFailed(
+            f"{self.stage.name}: step {self.step + 1}: {culprit} is not finite. The weights are still those of step "
+            f"{self.step}; {where}. Try a lower rate (stages.{self.stage.name}.lr={self.settings.lr / 3:.1e})"
+            + (" or engine.precision=fp32" if self.settings.precision == "bf16" else "")
+        )
+
+    def _clip(self, norms: list[float]) -> None:
+        clip = self.settings.clip
+        if clip is None:
+            return
+        joint = math.sqrt(sum(norm * norm for norm in norms))
+        for group, own in zip(self.stage.groups, norms, strict=True):
+            norm = joint if self.stage.joint_clip else own
+            if norm > clip:
+                torch.nn.utils.clip_grads_with_norm_(group.parameters.values(), clip, torch.tensor(norm), foreach=True)
+
+    def _record(self, losses: dict[str, float], norms: list[float], rates: list[float]) -> None:
+        """Tell of the step; write it down every few steps, and the first and last."""
+        settings = self.settings
+        seconds, tokens = self.seconds - self._window[0], self.tokens - self._window[1]
+        names = [group.name for group in self.stage.groups]
+        self.metrics = {
+            "stage": self.stage.name,
+            "step": self.step,
+            "tokens": self.tokens,
+            "loss": losses["loss"],
+            "losses": {name: value for name, value in losses.items() if name != "loss"},
+            "lr": rates[0] if len(rates) == 1 else rates,
+            "grad_norm": dict(zip(names, norms, strict=True)),
+            "tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
+            "peak_memory": peak_memory(self.device),
+        }
+        rate = self.tokens / self.seconds if self.seconds > 0 else 0.0
+        left = max(0, settings.tokens - self.tokens) / rate if rate else None
+        done = min(1.0, self.tokens / settings.tokens)
+        self.callbacks.progress(self.metrics | {"fraction": done, "seconds_left": left})
+        if self.step == 1 or self.step % settings.log_every == 0 or self.tokens >= settings.tokens:
+            self.log.append(self.metrics)
+            self._window = (self.seconds, self.tokens)
+
+    def _evaluate(self) -> bool:
+        """Evaluate, write it down, and say whether this is the best step so far."""
+        if self.callbacks.evaluate is None:
+            return False
+        self.stage.module.eval()
+        values = self.callbacks.evaluate()
+        self.stage.module.train()
+        self.log.append({"stage": self.stage.name, "step": self.step, "tokens": self.tokens, "eval": values})
+        score = values.get("score")
+        if score is None or not math.isfinite(score) or (self.best and score >= self.best["score"]):
+            return False
+        self.best = {"step": self.step, "score": score}
+        return True
+
+    def _check_end(self) -> list[str]:
+        """What should have trained did change, what should not did not.
+
+        Returns:
+            Single parameters that are as they were; a whole group is an error.
+        """
+        moved = _different(self.before["frozen"], fingerprints(self.stage.frozen))
+        if moved:
+            raise RunFailed(
+                f"{self.stage.name}: {len(moved)} tensors that must not change did, e.g. {', '.join(moved[:3])}. This "
+                "is an error of relinear, not of your input; the stage was not marked complete"
+            )
+        changed = set(_different(self.before["trained"], fingerprints(self.parameters)))
+        for group in self.stage.groups:
+            if not changed & group.parameters.keys():
+                raise RunFailed(
+                    f"{self.stage.name}: {group.name} did not train: none of its {len(group.parameters)} tensors "
+                    f"changed in {self.step} steps. Check stages.{self.stage.name}.lr, and that its loss counts a token"
+                )
+        return [name for name in self.parameters if name not in changed]
+
+    def _result(self, status: Literal["complete", "stopped"], unchanged: list[str]) -> StageResult:
+        report = self.stage.report() if status == "complete" else {}
+        path = self.committed.path if self.committed else self.store.folder
+        return StageResult(
+            self.stage.name,
+            status,
+            self.step,
+            self.tokens,
+            self.seconds,
+            self.metrics,
+            self.best,
+            unchanged,
+            report,
+            path,
+        )
+
+    def _commit(self, result: StageResult | None = None) -> None:
+        """One commit of everything; `result` marks the stage complete."""
+        state: dict[str, Any] = {
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "best": self.best,
+            "metrics": self.metrics,
+            "metrics_offset": self.log.offset(),
+            "fingerprints": self.before,
+            "settings": _settings_dict(self.settings),
+            "source": self.source.state_dict(),
+        }
+        if result is not None:
+            state["result"] = {k: v for k, v in result.__dict__.items() if k != "path"}
+        optimizer = None if result else saved.optimizer_tensors(self.optimizer, self.names)
+        self.committed = self.store.commit(
+            self.stage.name,
+            self.step,
+            saved.module_tensors(self.stage.module),
+            state,
+            optimizer=optimizer,
+            complete=result is not None,
+        )
+
+
+def _optimizer(stage: Stage, settings: StageSettings) -> torch.optim.AdamW:
+    """AdamW over all groups. Groups of one rate share an optimizer group: fewer, larger kernels, the same numbers."""
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for group in stage.groups:
+        by_rate.setdefault(settings.lr if group.lr is None else group.lr, []).extend(group.parameters.values())
+    for name, parameter in stage.parameters.items():
+        if parameter.dtype != torch.float32 or not parameter.requires_grad:
+            raise ValueError(f"{name}: what trains must be fp32 and require a gradient, found {parameter.dtype}")
+    return torch.optim.AdamW(
+        [{"params": parameters, "lr": rate, "peak": rate} for rate, parameters in by_rate.items()],
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def seed_all(seed: int) -> None:
+    """Seed python's, numpy's and torch's generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def fingerprints(tensors: dict[str, Any]) -> dict[str, str]:
+    """A hash of every tensor's bytes."""
+    return {name: _fingerprint(tensor) for name, tensor in tensors.items()}
+
+
+def _fingerprint(tensor: Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.blake2b(data.data, digest_size=12).hexdigest()
+
+
+def _different(before: dict[str, str], after: dict[str, str]) -> list[str]:
+    return [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held so far: by tensors on a GPU, by the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _due(before: int, now: int, every: int | None) -> bool:
+    """Whether a multiple of `every` was passed."""
+    return bool(every) and before // every != now // every
+
+
+def _settings_dict(settings: StageSettings) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
