@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from .specs.base import Geometry, MixerSpec
+from .specs.base import Geometry, MixerSpec, TensorSpec
 
 State = tuple[torch.Tensor, ...]
 
@@ -34,10 +34,13 @@ class MixerInputs:
 class Mixer(nn.Module):
     """Token mixing with a state of constant size, called exactly as transformers calls attention.
 
-    A subclass sets `spec` and implements `mix`. Its parameters are those of `spec.tensors`, by name and shape.
+    A subclass sets `spec` and implements `initial` and `mix`. Its parameters are the rows of
+    `spec.tensors`, by name and shape.
     """
 
     spec: ClassVar[type[MixerSpec]]
+    couples_layers: ClassVar[bool] = False
+    """True where a layer reads in `MixerInputs.shared` what the layer with `first=True` wrote in the same forward."""
 
     def __init__(self, geometry: Geometry, options: Any, layer_idx: int, num_layers: int, first: bool) -> None:
         super().__init__()
@@ -52,13 +55,37 @@ class Mixer(nn.Module):
         """Depth of this layer between 0 and 1."""
         return self.layer_idx / max(1, self.num_layers - 1)
 
-    def reset_parameters(self) -> None:
+    def table(self) -> list[TensorSpec]:
+        """The spec's rows for this very layer: its parameters by name and shape."""
+        return self.spec.tensors(self.geometry, self.options, first=self.first, position=self.position)
+
+    def fp32_parameter_names(self) -> list[str]:
+        """Parameters to keep in fp32 whatever the model's dtype, by their name inside the mixer."""
+        return [row.name for row in self.table() if row.fp32]
+
+    def initial(self, row: TensorSpec, generator: torch.Generator | None) -> torch.Tensor:
+        """The fp32 value on the CPU that a `new` row of the spec names."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Give every parameter the value that its row of the spec names when its source is `new` (in place).
 
-        Rows that transfer would copy or derive get the family's usual normal initialisation, so that a module built
-        without a teacher is finite. Called by transfer and by the model's `_init_weights`.
+        Rows that transfer would copy or derive get the usual initialisation (normal of standard deviation 0.02, biases
+        0, norms 1), so that a module built without a teacher is finite. Called when the module is built, by
+        transfer, and by the model's `_init_weights`.
+
+        Args:
+            generator: a CPU generator for reproducible values; torch's own by default.
         """
-        raise NotImplementedError
+        for row in self.table():
+            if row.source == "new":
+                value = self.initial(row, generator)
+            elif len(row.shape) == 2:
+                value = torch.empty(row.shape).normal_(0.0, 0.02, generator=generator)
+            else:
+                value = torch.full(row.shape, float(row.name.endswith("norm.weight")))
+            self.get_parameter(row.name).copy_(value)
 
     def mix(
         self,

@@ -1,1 +1,1 @@
-"""The recurrences as pure functions on tensors."""
+"""Recurrences as pure functions on tensors."""

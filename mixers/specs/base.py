@@ -84,7 +84,7 @@ def option(default: Any, help: str, *, low: float | None = None, high: float | N
 
 @dataclass(frozen=True)
 class MixerOptions:
-    """Base of every mixer's options. Fields are declared with `option`, so that each is typed, bounded and documented."""
+    """Base of every mixer's options. Fields are declared with `option`: typed, bounded and documented."""
 
     form: str = option(
         "auto",
@@ -146,6 +146,43 @@ def _problem(field: dataclasses.Field, value: Any) -> str | None:
     return None
 
 
+def chunk_length(head_dim: int, chosen: int | None) -> int:
+    """Tokens per chunk: as chosen, else the fastest as measured on CPUs (small heads like small chunks)."""
+    return chosen or (16 if head_dim <= 16 else 32)
+
+
+def attention_rows(geometry: Geometry, *, expand_kv: bool) -> list[TensorSpec]:
+    """The rows that every mixer takes from attention: projections, their biases, q/k norms.
+
+    Args:
+        geometry: of the attention being replaced.
+        expand_kv: give every query head keys and values of its own (derived by repeating each head's rows).
+    """
+    hidden, inner = geometry.hidden_size, geometry.inner_size
+    widths = {"q": inner, "k": inner if expand_kv else geometry.kv_size, "v": inner if expand_kv else geometry.kv_size}
+    rows = []
+    for part, width in widths.items():
+        repeats = expand_kv and part != "q" and geometry.num_kv_heads != geometry.num_heads
+        shapes: dict[str, tuple[int, ...]] = {f"{part}_proj.weight": (width, hidden)}
+        if geometry.qkv_bias:
+            shapes[f"{part}_proj.bias"] = (width,)
+        for name, shape in shapes.items():
+            origin = f"repeat_heads({name})" if repeats else name
+            rows.append(TensorSpec(name, shape, "derived" if repeats else "copied", origin))
+    rows.append(TensorSpec("o_proj.weight", (hidden, inner), "copied", "o_proj.weight"))
+    if geometry.o_bias:
+        rows.append(TensorSpec("o_proj.bias", (hidden,), "copied", "o_proj.bias"))
+    if geometry.qk_norm:
+        rows += [TensorSpec(f"{p}_norm.weight", (geometry.head_dim,), "copied", f"{p}_norm.weight") for p in "qk"]
+    return rows
+
+
+def attention_flops(geometry: Geometry, *, expand_kv: bool) -> int:
+    """Forward FLOPs per token of the q, k, v and o projections."""
+    kv = geometry.inner_size if expand_kv else geometry.kv_size
+    return 2 * geometry.hidden_size * (2 * geometry.inner_size + 2 * kv)
+
+
 class MixerSpec:
     """A mixer without torch. A subclass in `specs/NAME.py` fills the class attributes and the methods."""
 
@@ -157,7 +194,7 @@ class MixerSpec:
 
     @staticmethod
     def tensors(geometry: Geometry, options: Any, *, first: bool, position: float) -> list[TensorSpec]:
-        """The table of the mixer's parameters, in the order of the module.
+        """The table of the mixer's parameters, by name (their order is that of the card, not of the module).
 
         Args:
             geometry: of the attention being replaced.

@@ -1,0 +1,114 @@
+"""RAD-RWKV7 without torch: options, tensors, FLOPs, state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .base import (
+    Geometry,
+    MixerOptions,
+    MixerSpec,
+    TensorSpec,
+    attention_flops,
+    attention_rows,
+    chunk_length,
+    option,
+)
+
+
+@dataclass(frozen=True)
+class RWKV7Options(MixerOptions):
+    """Options of `rwkv7`."""
+
+    chunk: int | None = option(None, "tokens per chunk; null picks by head size", choices=(None, 16, 32, 64))
+    rope: bool = option(True, "rotate receptances and keys as the attention did")
+    expand_kv: bool = option(False, "give every query head keys and values of its own instead of sharing in groups")
+    balance_state: bool = option(True, "write k (1 - w + a), as much as decay and removal take (the paper's mixer)")
+    group_norm: bool = option(False, "normalise each head's output (the released code; unstable from 14B upwards)")
+    value_residual: bool = option(True, "mix in the values of the lowest converted layer")
+    value_start: float = option(1.0, "v0 at the start: sigmoid(v0) of the value comes from there", low=-10.0, high=10.0)
+    gate_init: str = option(
+        "identity",
+        "output gate at the start: one everywhere, or the paper's small random values",
+        choices=("identity", "paper"),
+    )
+    decay_rank: int | None = option(None, "rank of the decay's low-rank map; null: the paper's formula", low=1)
+    removal_rank: int | None = option(None, "rank of the removal strength's map; null: the paper's formula", low=1)
+    value_rank: int | None = option(None, "rank of the value residual's map; null: the paper's formula", low=1)
+    gate_rank: int | None = option(None, "rank of the gate's map; null: the paper's formula", low=1)
+
+
+def ranks(hidden_size: int, options: RWKV7Options) -> dict[str, int]:
+    """Ranks by map: `w` decay, `a` removal, `v` value residual, `g` gate (radlads.md §2: 32 round(D^e m / 32))."""
+
+    def formula(exponent: float, factor: float) -> int:
+        return max(1, round(hidden_size**exponent * factor / 32)) * 32
+
+    return {
+        "w": options.decay_rank or formula(0.5, 1.8),
+        "a": options.removal_rank or formula(0.5, 1.8),
+        "v": options.value_rank or formula(0.5, 1.3),
+        "g": options.gate_rank or formula(0.8, 0.6),
+    }
+
+
+class RWKV7Spec(MixerSpec):
+    """RWKV-7's recurrence on the attention's own projections, as RADLADS converts to it."""
+
+    name = "rwkv7"
+    title = "RAD-RWKV7"
+    paper = "https://arxiv.org/abs/2505.03005"
+    options = RWKV7Options
+    aliases = ("rwkv-7", "rad-rwkv7", "qrwkv7", "goose")
+
+    @staticmethod
+    def tensors(geometry: Geometry, options: RWKV7Options, *, first: bool, position: float) -> list[TensorSpec]:
+        """The table; see the base class. The first layer has no value residual."""
+        hidden, inner = geometry.hidden_size, geometry.inner_size
+        rank = ranks(hidden, options)
+
+        def low_rank(name: str, down: str, up: str) -> list[TensorSpec]:
+            shapes = (hidden, rank[name]), (rank[name], inner)
+            return [
+                TensorSpec(f"{name}{i}", shape, "new", origin)
+                for i, shape, origin in zip((1, 2), shapes, (down, up), strict=True)
+            ]
+
+        ramp = f"-6.5 + 5 (n / (C - 1))^{0.85 + position**0.5:.2f} over channels n"
+        rows = attention_rows(geometry, expand_kv=options.expand_kv)
+        rows.append(TensorSpec("w0", (inner,), "new", ramp, fp32=True))
+        rows += low_rank("w", "0", "orthogonal, 0.1")
+        rows.append(TensorSpec("a0", (inner,), "new", "0"))
+        rows += low_rank("a", "0", "orthogonal, 0.1")
+        if options.value_residual and not first:
+            rows.append(TensorSpec("v0", (inner,), "new", f"{options.value_start:g}"))
+            rows += low_rank("v", "0", "orthogonal, 0.1")
+        if options.gate_init == "identity":
+            rows.append(TensorSpec("g0", (inner,), "new", "1"))
+            rows += low_rank("g", "orthogonal, 1", "0")
+        else:
+            rows += low_rank("g", "0", "orthogonal, 0.1")
+        if not options.balance_state:
+            rows += [TensorSpec("k_k", (inner,), "new", "0.85"), TensorSpec("k_a", (inner,), "new", "1")]
+        if options.group_norm:
+            rows += [TensorSpec("ln_x.weight", (inner,), "new", "1"), TensorSpec("ln_x.bias", (inner,), "new", "0")]
+        return rows
+
+    @staticmethod
+    def flops_per_token(geometry: Geometry, options: RWKV7Options) -> int:
+        """Matrix products only, in the chunked form, of a layer with value residual where that is on."""
+        d, heads = geometry.head_dim, geometry.num_heads
+        chunk = chunk_length(d, options.chunk)
+        rank = ranks(geometry.hidden_size, options)
+        if not options.value_residual:
+            rank.pop("v")
+        flops = attention_flops(geometry, expand_kv=options.expand_kv)
+        flops += sum(2 * r * (geometry.hidden_size + geometry.inner_size) for r in rank.values())
+        # Per token and head: scores; values seen, solve (half a square); writes; reads inside; reads of state, scan.
+        inside = 8 * chunk * d + 2 * chunk * d + chunk * 2 * d + 6 * d * d + 6 * chunk * d
+        return flops + heads * (inside + 2 * d * d + 2 * d**3 // chunk)
+
+    @staticmethod
+    def state_bytes(geometry: Geometry, options: RWKV7Options) -> int:
+        """fp32 (H, d, d)."""
+        return 4 * geometry.num_heads * geometry.head_dim**2
