@@ -1,0 +1,132 @@
+"""Records of a dataset read as a stream (`datasets`, streaming=True), with a state that resumes exactly."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..errors import MachineError, UserError
+from .documents import Document, Fields, record_document
+
+_BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
+
+
+class RecordStream:
+    """The documents of one dataset, in the dataset's own order, epoch after epoch.
+
+    Args:
+        source: dataset name for `datasets.load_dataset`, for messages too.
+        fields: where a record's document is.
+        name: configuration of the dataset.
+        split: its split.
+        files: local jsonl or parquet files to stream instead of a named dataset.
+
+    Raises:
+        UserError: no such dataset, configuration or split; files of a kind that cannot be streamed.
+        MachineError: the dataset cannot be reached.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        fields: Fields,
+        *,
+        name: str | None = None,
+        split: str = "train",
+        files: Sequence[Path] | None = None,
+    ) -> None:
+        self.source = source
+        self.fields = fields
+        self.dataset = _open_files(source, files) if files else _load(source, source, name=name, split=split)
+        self._beginning = copy.deepcopy(self.dataset.state_dict())
+        self._records: Any = None
+        self._number = 0
+        self.exhausted = False
+
+    def read(self, count: int) -> list[Document]:
+        """The next documents of up to `count` records; fewer records only at the end of an epoch.
+
+        The list may be shorter than `count` because blank documents are left out: `exhausted` tells the end.
+        """
+        if self._records is None:
+            self._records = iter(self.dataset)
+        found = []
+        taken = 0
+        for record in _reading(self.source, islice(self._records, count)):
+            taken += 1
+            self._number += 1
+            if document := record_document(record, self.fields, f"{self.source}, record {self._number}"):
+                found.append(document)
+        self.exhausted = taken < count
+        return found
+
+    def rewind(self) -> None:
+        """Back to the first record."""
+        self.load_state_dict({"dataset": self._beginning, "number": 0, "exhausted": False})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place after the last record read; JSON-serialisable."""
+        state = copy.deepcopy(self.dataset.state_dict())
+        return {"dataset": state, "number": self._number, "exhausted": self.exhausted}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the record where `state` was taken."""
+        self.dataset.load_state_dict(copy.deepcopy(state["dataset"]))
+        self._records = None
+        self._number = state["number"]
+        self.exhausted = state["exhausted"]
+
+
+def _reading(source: str, records: Any) -> Any:
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield from records
+    except DatasetsError as error:
+        raise UserError(
+            f"{source}: the dataset cannot be read ({_first_line(error)}); expected valid records"
+        ) from None
+    except (OSError, ConnectionError) as error:
+        raise MachineError(
+            f"{source}: reading the stream failed ({_first_line(error)}); check the network, then go on with --resume"
+        ) from None
+
+
+def _open_files(source: str, files: Sequence[Path]) -> Any:
+    kinds = sorted({_BUILDERS.get(path.suffix.lower(), "") for path in files})
+    if len(kinds) != 1 or not kinds[0]:
+        raise UserError(
+            f"{source}: found {', '.join(path.name for path in files[:5])}; to stream, expected only .jsonl or only "
+            ".parquet files; set data.stream=false, or convert the text to jsonl"
+        )
+    return _load(source, kinds[0], data_files=[str(path) for path in files], split="train")
+
+
+def _load(source: str, path: str, **options: Any) -> Any:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+
+    try:
+        return load_dataset(path, streaming=True, **options)
+    except DatasetNotFoundError as error:
+        raise UserError(
+            f"{source}: neither a local file or folder nor a dataset that can be found ({_first_line(error)}); "
+            "set data.source to a path or to the name of a dataset (a gated one needs: hf auth login)"
+        ) from None
+    except (OSError, ConnectionError) as error:
+        raise MachineError(
+            f"{source}: no such local file or folder, and no such dataset can be reached ({_first_line(error)}); "
+            "set data.source to a local path, or check the network"
+        ) from None
+    except (ValueError, RuntimeError, DatasetsError) as error:
+        raise UserError(
+            f"{source}: the dataset cannot be opened ({_first_line(error)}); expected an existing configuration "
+            "(data.name) and split (data.split)"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
