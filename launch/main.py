@@ -45,7 +45,6 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def group(
-    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
@@ -57,26 +56,25 @@ def group(
 
     Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 the work failed, 2 your input, 3 the machine.
     """
-    context.obj = {"traceback": show_traceback}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line (`sys.argv` by default) and return its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
-    # An error can come before the options are parsed, so this one is looked for here as well.
+    # Looked for here too: an error can come before the options are parsed.
     show = "--traceback" in arguments[:1]
     try:
-        code = app(args=arguments, prog_name="relinear", standalone_mode=False)
+        # typer returns an exit code where a command ends early, and 130 for Ctrl-C; a finished command returns None.
+        code = app(args=arguments, prog_name="relinear", standalone_mode=False) or OK
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of stdout left, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except (KeyboardInterrupt, typer.Abort):
-        talk("interrupted")
-        return INTERRUPTED
     except Exception as error:
         return _explain(error, show)
-    return code if isinstance(code, int) else OK
+    if code == INTERRUPTED:
+        talk("interrupted")
+    return code
 
 
 def _explain(error: Exception, show_traceback: bool) -> int:

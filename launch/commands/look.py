@@ -71,7 +71,7 @@ def ls(
         data_json(found if kind is None else found[str(kind)])
         return
     for name, rows in found.items():
-        header = list(rows[0])
+        header = list(rows[0]) if rows else ["name"]
         data(table([list(row.values()) for row in rows], [name[:-1], *header[1:]]) + ("\n" if kind is None else ""))
 
 
@@ -194,7 +194,7 @@ def _card_text(card: dict[str, Any]) -> str:
         table(options, ("option", "type", "default", "allowed", "what it does")),
         f"Tensors of one layer at {geometry}:",
         table(tensors, ("tensor", "shape", "source", "from", "kept in")),
-        f"Per layer: {card['flops_per_token']:,} FLOPs per token, {format_bytes(card['state_bytes'])} of state per sequence",
+        f"{card['flops_per_token']:,} FLOPs per token; {format_bytes(card['state_bytes'])} of state per sequence",
     ]
     return "\n\n".join(parts)
 

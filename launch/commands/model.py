@@ -150,10 +150,10 @@ def export(
     json: Json = False,
 ) -> None:
     """Write a saved step for plain transformers to load."""
-    from ...distill.export import export as work
-
     if step not in ("best", "last") and not step.isdigit():
         raise UserError(f"--step {step}: expected best, last or a step's number, e.g. --step last")
+    from ...distill.export import export as work
+
     folder = work(run, int(step) if step.isdigit() else step, out)
     if json:
         data_json({"export": str(folder)})
