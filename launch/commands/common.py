@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 import typer
@@ -19,3 +20,8 @@ Overrides = Annotated[
 def examples(*commands: str, then: str) -> str:
     """The end of a help text: command lines to copy, and the one that comes next."""
     return "\n".join(["\b", "Examples:", *(f"  {command}" for command in commands), "", "\b", "Next:", f"  {then}"])
+
+
+def command_line(command: str, recipe: str, overrides: list[str] | None) -> str:
+    """The same recipe with the same changes under another command, ready to paste into a shell."""
+    return shlex.join(["relinear", command, recipe, *(overrides or [])])

@@ -15,7 +15,7 @@ from ...mixers import registry
 from ...mixers.specs.base import Geometry, MixerSpec
 from ...recipes.units import format_bytes
 from ..output import data, data_json, next_command, table, talk
-from .common import Json, Overrides, Recipe, examples
+from .common import Json, Overrides, Recipe, command_line, examples
 
 EXAMPLE = Geometry(hidden_size=2048, num_heads=16, num_kv_heads=4, head_dim=128)
 """The attention that a mixer's card is computed for."""
@@ -39,7 +39,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         epilog=examples(
             "relinear show rwkv7 > mine.yaml",
-            "relinear show rwkv7 stages.glue.tokens=2M layers.keep=[1,3]",
+            "relinear show rwkv7 teacher.model=FOLDER data.source=FILE layers.keep=1,3",
             "relinear show --mixer gated_deltanet",
             then="relinear check mine.yaml",
         )
@@ -54,7 +54,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         epilog=examples(
             "relinear plan rwkv7 teacher.model=FOLDER data.source=FILE",
-            "relinear plan qwen2.5-7b-rwkv7 teacher.model=FOLDER_WITH_CONFIG_JSON --json",
+            "relinear plan qwen2.5-7b-rwkv7 teacher.model=FOLDER_WITH_CONFIG_JSON --gpu H200 --json",
             then="relinear run rwkv7 teacher.model=FOLDER data.source=FILE",
         )
     )(plan)
@@ -214,17 +214,43 @@ def check(recipe: Recipe, overrides: Overrides = None, json: Json = False) -> No
     from ...recipes import loader
     from ...recipes import plan as planner
 
-    resolved = loader.load(recipe, overrides or [])
-    made = planner.plan(resolved)
-    words = " ".join([recipe, *(overrides or [])])
+    loaded = loader.load(recipe, overrides)
+    notes = planner.plan(loaded).notes
+    _check_sources(loaded)
     if json:
-        data_json({"ok": True, "recipe": recipe, "warnings": made.warnings})
+        data_json({"recipe": recipe, "ok": True, "notes": notes})
     else:
         data(f"{recipe}: ok")
-    next_command(f"relinear plan {words}")
+        for note in notes:
+            talk(f"note: {note}")
+    next_command(command_line("plan", recipe, overrides))
 
 
-def plan(recipe: Recipe, overrides: Overrides = None, json: Json = False) -> None:
+def _check_sources(recipe: Any) -> None:
+    """Every local file that the recipe's text comes from exists; names of Hub datasets are not asked for."""
+    from ...distill.data.documents import local_files
+    from ...recipes.schema import EMBEDDED
+
+    sources = [("data.source", recipe.data.source), *(("data.mix", name) for name in recipe.data.mix or {})]
+    if isinstance(recipe.data.valid, str):
+        sources.append(("data.valid", recipe.data.valid))
+    for key, source in sources:
+        if source not in (None, EMBEDDED):
+            try:
+                local_files(source)
+            except UserError as error:
+                raise UserError(f"{recipe.place(key)}: {error}") from None
+
+
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="GPU whose hours are estimated.")] = "H100",
+    mfu: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Share of its peak that is reached.", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:
     """Show what a recipe will do, before any work.
 
     From the teacher's config.json alone: which layers, where every tensor comes from, parameters, memory and FLOPs
@@ -233,9 +259,10 @@ def plan(recipe: Recipe, overrides: Overrides = None, json: Json = False) -> Non
     from ...recipes import loader
     from ...recipes import plan as planner
 
-    made = planner.plan(loader.load(recipe, overrides or []))
+    assumed = {} if mfu is None else {"mfu": mfu}
+    made = planner.plan(loader.load(recipe, overrides), gpu, **assumed)
     if json:
         data_json(made.to_dict())
     else:
         data(planner.render(made))
-    next_command(f"relinear run {' '.join([recipe, *(overrides or [])])}")
+    next_command(command_line("run", recipe, overrides))

@@ -66,7 +66,7 @@ def run(
     if dry_run:
         from .look import plan
 
-        plan(recipe, changes, json)
+        plan(recipe, changes, json=json)
         return
     from ...recipes.loader import load
     from ...recipes.runner import run as work
