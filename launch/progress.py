@@ -57,9 +57,10 @@ class Progress:
         self._began = self._spoke = self.clock()
         if self.console.is_terminal:
             columns = (TextColumn("{task.description:<12}"), BarColumn(bar_width=24), TextColumn("{task.fields[said]}"))
-            self._bar = Bar(*columns, console=self.console, transient=True)
-            self._bar.add_task(name, total=total_tokens, completed=done_tokens, said="")
-            self._bar.start()
+            bar = Bar(*columns, console=self.console, transient=True)
+            bar.add_task(name, total=total_tokens, completed=done_tokens, said="")
+            bar.start()
+            self._bar = bar
         else:
             size = f": {format_count(total_tokens)} tokens" if total_tokens else ""
             resumed = f", {format_count(done_tokens)} of them done before" if done_tokens else ""
