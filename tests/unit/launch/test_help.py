@@ -58,6 +58,33 @@ def test_options_in_examples_exist(capsys):
                 assert missing == [], line
 
 
+def fenced_commands(page: Path) -> list[str]:
+    """Lines of a page's bash blocks that call relinear, or make."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = [line.split("#")[0].strip().removeprefix(".venv/bin/") for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith(("relinear ", "make "))]
+
+
+PAGES = sorted(path for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")] if path.name != "cli.md")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_in_documents_exist(page, capsys):
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for line in fenced_commands(page):
+        tool, name, *_ = line.split()
+        if tool == "make":
+            assert name in targets, line
+            continue
+        assert name in COMMANDS, line
+        options = help_of([name], capsys).partition("Options:")[2].partition("Examples:")[0]
+        assert [word for word in re.findall(r"(?<=\s)--[a-z-]+", line) if word not in options] == [], line
+
+
+def test_readme_shows_both_commands():
+    assert {"make quickstart", "make test"} <= set(fenced_commands(ROOT / "README.md"))
+
+
 PROBE = """
 import sys, time
 from relinear.launch.main import main
