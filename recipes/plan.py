@@ -1,0 +1,300 @@
+"""What a recipe will do, from the teacher's config.json alone and before any GPU is rented."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..distill.errors import UserError
+from ..mixers import registry
+from . import costs
+from .costs import Counts
+from .layers import LayerMap, resolve
+from .schema import EMBEDDED, GlueStage, Recipe, TrainingStage
+from .teacher_config import TeacherConfig, read_teacher_config
+from .units import format_bytes
+
+AUTO_LENGTH = 512
+"""`seq_len: auto`, where the teacher's context allows it: the length of the published align and glue runs."""
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One tensor of a mixer and where it comes from (`mixers.specs.base.TensorSpec`)."""
+
+    name: str
+    shape: tuple[int, ...]
+    source: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class TensorTable:
+    """The tensors of a mixer, once for all layers where they are the same."""
+
+    mixer: str
+    layers: list[int]
+    parameters: int
+    rows: list[TensorRow]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage. Bytes and GPU-hours are estimates; `steps` takes windows as full.
+
+    Attributes:
+        settings: for `distill.stage.StageSettings`, empty for transfer.
+        trained: parameters that learn.
+        memory: bytes by use.
+        flops: of the whole stage.
+        gpu_hours: on the plan's GPU.
+    """
+
+    kind: str
+    name: str
+    title: str
+    settings: dict[str, Any]
+    steps: int
+    trained: int
+    memory: dict[str, int]
+    flops: float
+    gpu_hours: float
+
+    @property
+    def total_memory(self) -> int:
+        """Bytes on one device."""
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe on its teacher.
+
+    Attributes:
+        teacher: what config.json says.
+        layers: the layer map.
+        counts: parameters.
+        tensors: where every tensor of every mixer comes from.
+        stages: in order.
+        cache: tokens, teacher's and student's bytes, for one sequence.
+        cache_dtype: of the cached keys and values.
+        notes: what was derived or looks odd, in words.
+        gpu: name in `costs.GPUS`.
+        mfu: assumed share of its peak.
+    """
+
+    teacher: TeacherConfig
+    layers: LayerMap
+    counts: Counts
+    tensors: list[TensorTable]
+    stages: list[StagePlan]
+    cache: list[tuple[int, int, int]]
+    cache_dtype: str
+    notes: list[str]
+    gpu: str
+    mfu: float
+
+    def stage(self, name: str) -> StagePlan:
+        """The stage of that name."""
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "teacher": {
+                "model": self.teacher.source,
+                "family": self.teacher.family.name,
+                "layers": self.teacher.num_layers,
+                "context": self.teacher.context,
+                "parameters": self.counts.teacher,
+                "geometry": dataclasses.asdict(self.teacher.geometry),
+            },
+            "student": {"parameters": self.counts.student, "mixer_parameters": self.counts.all_mixers},
+            "layers": {
+                "drawing": self.layers.drawing,
+                "legend": self.layers.legend,
+                "kept": self.layers.kept,
+                "converted": {str(layer): mixer for layer, (mixer, _) in self.layers.converted.items()},
+            },
+            "mixers": dict(self.layers.converted.values()),
+            "tensors": [dataclasses.asdict(table) for table in self.tensors],
+            "stages": [
+                {**dataclasses.asdict(stage), "total_memory": stage.total_memory, "memory_is": "an estimate"}
+                for stage in self.stages
+            ],
+            "cache": [
+                {"tokens": tokens, "teacher_bytes": before, "student_bytes": after, "dtype": self.cache_dtype}
+                for tokens, before, after in self.cache
+            ],
+            "gpu": {"name": self.gpu, "peak_bf16_tflops": costs.GPUS[self.gpu][0], "assumed_mfu": self.mfu},
+            "notes": self.notes,
+        }
+
+
+def plan(recipe: Recipe, gpu: str = "H100", mfu: float = costs.MFU) -> Plan:
+    """The plan of a recipe.
+
+    Args:
+        recipe: validated.
+        gpu: whose hours are estimated; a key of `costs.GPUS`.
+        mfu: share of the GPU's peak that the run is assumed to reach.
+
+    Raises:
+        UserError: no config.json, an unknown family, layers that the teacher does not have, an unknown GPU.
+        MachineError: the Hub cannot be reached.
+    """
+    if gpu not in costs.GPUS:
+        raise UserError(f"--gpu {gpu}: not in the table. Known: {', '.join(costs.GPUS)}")
+    if not 0 < mfu <= 1:
+        raise UserError(f"--mfu {mfu}: expected a share above 0 and up to 1, for example --mfu {costs.MFU}")
+    teacher = read_teacher_config(recipe.teacher.model, recipe.teacher.revision, recipe.place("teacher.model"))
+    layers = layer_map(recipe, teacher.num_layers)
+    counts = costs.count(teacher, layers)
+    notes = _notes(recipe, layers)
+    stages = [_stage(recipe, stage, teacher, layers, counts, gpu, mfu, notes) for stage in recipe.stages]
+    dtype = "bfloat16" if recipe.engine.precision == "bf16" else recipe.teacher.dtype
+    cache = [(length, *costs.cache_bytes(teacher, layers, length, dtype)) for length in costs.CACHE_LENGTHS]
+    for stage in stages:
+        size, limit = stage.total_memory, costs.GPUS[gpu][1] * 10**9
+        if size > limit:
+            fits = [name for name, (_, memory) in costs.GPUS.items() if memory * 10**9 >= size]
+            notes.append(
+                f"{stage.name} needs about {format_bytes(size)}, more than one {gpu} has ({costs.GPUS[gpu][1]} GB); "
+                + (f"one of these holds it: {', '.join(fits)}" if fits else "no GPU of the table holds it")
+                + f". A smaller stages.{stage.name}.micro_batch needs less"
+            )
+    tables = tensor_tables(teacher, layers)
+    return Plan(teacher, layers, counts, tables, stages, cache, dtype, list(dict.fromkeys(notes)), gpu, mfu)
+
+
+def layer_map(recipe: Recipe, num_layers: int) -> LayerMap:
+    """The recipe's layers on a teacher of that many."""
+    return resolve(recipe.layers, num_layers, recipe.mixers, recipe.place)
+
+
+def window(asked: int | str, context: int) -> tuple[int, str]:
+    """The window for `seq_len`, and why it is that where it is not as written.
+
+    Args:
+        asked: a number, or `auto`.
+        context: of the teacher; no window is longer.
+    """
+    if asked == "auto":
+        length = min(AUTO_LENGTH, context)
+        limit = f", the teacher's context; {AUTO_LENGTH} where that allows it" if length < AUTO_LENGTH else ""
+        return length, f"auto is {length}{limit}"
+    if int(asked) > context:
+        return context, f"{asked} is cut to {context}, the teacher's context"
+    return int(asked), ""
+
+
+def stage_settings(recipe: Recipe, stage: TrainingStage, context: int) -> dict[str, Any]:
+    """A training stage with everything filled in: the arguments of `distill.stage.StageSettings`.
+
+    Args:
+        recipe: that the stage belongs to.
+        stage: one of its training stages.
+        context: of the teacher.
+    """
+    asked = recipe.data.seq_len if stage.seq_len is None else stage.seq_len
+    same = ("tokens", "batch", "micro_batch", "lr", "schedule", "warmup", "betas", "weight_decay", "clip")
+    settings: dict[str, Any] = {name: getattr(stage, name) for name in same}
+    settings |= {
+        "seq_len": window(asked, context)[0],
+        "lr_final": stage.final_lr,
+        "precision": recipe.engine.precision,
+        "seed": recipe.seed if stage.seed is None else stage.seed,
+        "eval_every": recipe.eval.every or max(1, stage.tokens // 10),
+        "save_every": recipe.save.every or max(1, stage.tokens // 10),
+        "keep": recipe.save.keep,
+    }
+    loss = getattr(stage, "loss", None)
+    settings["loss"] = loss if isinstance(loss, str) or loss is None else loss.model_dump()
+    if isinstance(stage, GlueStage):
+        settings |= {name: getattr(stage, name) for name in ("lr_mixers", "temperature", "train")}
+    return settings
+
+
+def tensor_tables(teacher: TeacherConfig, layers: LayerMap) -> list[TensorTable]:
+    """Where every tensor of every mixer comes from; layers with the same tensors share a table."""
+    last = max(1, teacher.num_layers - 1)
+    groups: dict[tuple, tuple[list[int], list]] = {}
+    for layer, (name, values) in layers.converted.items():
+        spec = registry.spec(name)
+        first = layer == min(layers.layers_of(name))
+        rows = spec.tensors(teacher.geometry, spec.options.parse(values), first=first, position=layer / last)
+        key = (name, *((row.name, row.shape, row.source) for row in rows))
+        members, tables = groups.setdefault(key, ([], []))
+        members.append(layer)
+        tables.append(rows)
+    found = []
+    for key, (members, tables) in groups.items():
+        merged = []
+        for low, high in zip(tables[0], tables[-1], strict=True):
+            origin = low.origin if low.origin == high.origin else f"{low.origin} (lowest layer; changes with depth)"
+            merged.append(TensorRow(low.name, low.shape, low.source, origin))
+        found.append(TensorTable(key[0], members, sum(row.numel for row in tables[0]), merged))
+    return found
+
+
+def _stage(
+    recipe: Recipe,
+    stage: Any,
+    teacher: TeacherConfig,
+    layers: LayerMap,
+    counts: Counts,
+    gpu: str,
+    mfu: float,
+    notes: list,
+) -> StagePlan:
+    if not isinstance(stage, TrainingStage):
+        return StagePlan(stage.kind, stage.name, stage.title, {}, 0, 0, {}, 0.0, 0.0)
+    settings = stage_settings(recipe, stage, teacher.context)
+    length = settings["seq_len"]
+    key = "data.seq_len" if stage.seq_len is None else f"stages.{stage.name}.seq_len"
+    why = window(recipe.data.seq_len if stage.seq_len is None else stage.seq_len, teacher.context)[1]
+    if why:
+        notes.append(f"{key}: {why}")
+    steps = math.ceil(stage.tokens / (stage.batch * length))
+    if stage.warmup >= steps:
+        notes.append(f"{stage.name}: warm-up takes {stage.warmup} of {steps} steps; lower stages.{stage.name}.warmup")
+    loss = getattr(stage, "loss", None)
+    needs_teacher = stage.kind == "align" or bool(loss and not isinstance(loss, str) and loss.kl + loss.reverse_kl > 0)
+    trained = counts.trained(stage.kind, getattr(stage, "train", ""))
+    tokens = (stage.micro_batch or stage.batch) * length
+    memory = costs.memory(
+        teacher, counts, stage.kind, trained, tokens, recipe.teacher.dtype, recipe.engine.precision, needs_teacher
+    )
+    flops = stage.tokens * costs.flops_per_token(teacher, layers, stage.kind, length, needs_teacher)
+    hours = costs.gpu_hours(flops, gpu, mfu)
+    return StagePlan(stage.kind, stage.name, stage.title, settings, steps, trained, memory, flops, hours)
+
+
+def _notes(recipe: Recipe, layers: LayerMap) -> list[str]:
+    """What looks odd before any cost is counted."""
+    notes = []
+    if not layers.converted:
+        notes.append("no layer is converted: the result is the teacher itself")
+    used = {name for name, _ in layers.converted.values()}
+    for name in recipe.mixers:
+        if name not in used and layers.converted:
+            notes.append(f"mixers.{name}: no layer uses it")
+    kinds = [stage.kind for stage in recipe.stages]
+    if "align" not in kinds and "glue" in kinds:
+        notes.append("glue without align before it: the published runs ended worse, however long they trained")
+    for source in [recipe.data.source] if recipe.data.source else list(recipe.data.mix or {}):
+        local = source.startswith((".", "/", "~")) or Path(source).suffix in (".txt", ".jsonl", ".json", ".parquet")
+        wild = any(sign in source for sign in "*?[")
+        if source != EMBEDDED and local and not wild and not Path(source).expanduser().exists():
+            notes.append(f"{recipe.place('data.source')}: {source} is not there (yet): the run would stop at once")
+    return notes
+
+
+def render(plan: Plan, width: int = 110) -> str:
+    """The plan as text: see `plan_text`."""
+    from .plan_text import render as text
+
+    return text(plan, width)

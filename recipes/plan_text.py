@@ -1,0 +1,119 @@
+"""A plan as text: tables that fit a terminal."""
+
+from __future__ import annotations
+
+import textwrap
+from io import StringIO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from . import costs
+from .layers import ranges
+from .plan import Plan, StagePlan, TensorTable
+from .units import format_bytes, format_count
+
+
+def render(plan: Plan, width: int = 110) -> str:
+    """The plan as plain text of at most `width` columns, without colour."""
+    console = Console(file=StringIO(), width=width, no_color=True, highlight=False, markup=False, emoji=False)
+    console.print(_head(plan), soft_wrap=True)
+    for table in plan.tensors:
+        layers = "layer" if len(table.layers) == 1 else "layers"
+        each = "" if len(table.layers) == 1 else " each"
+        console.print(f"\n{table.mixer} in {layers} {ranges(table.layers)}: {table.parameters:,} parameters{each}")
+        console.print(_tensors(table))
+    console.print("\nStages")
+    console.print(_stages(plan))
+    console.print(_footnote(plan))
+    console.print(f"\nDecode cache of one sequence ({plan.cache_dtype} keys and values, fp32 states)")
+    console.print(_cache(plan))
+    if plan.notes:
+        console.print("\nNotes")
+        for note in plan.notes:
+            lines = textwrap.wrap(note, width - 4, break_long_words=False, break_on_hyphens=False)
+            console.print("\n".join([f"  - {lines[0]}", *(f"    {line}" for line in lines[1:])]), soft_wrap=True)
+    file = console.file
+    assert isinstance(file, StringIO)
+    return "\n".join(line.rstrip() for line in file.getvalue().rstrip().split("\n"))
+
+
+def _head(plan: Plan) -> str:
+    teacher, counts, g = plan.teacher, plan.counts, plan.teacher.geometry
+    kept, converted = plan.layers.kept, list(plan.layers.converted)
+    return "\n".join(
+        [
+            f"Teacher  {teacher.source}: {teacher.family.name}, {format_count(counts.teacher)} parameters, "
+            f"{teacher.num_layers} layers, context {teacher.context}",
+            f"         width {g.hidden_size}, {g.num_heads} query and {g.num_kv_heads} key/value heads of {g.head_dim}"
+            + (", q/k/v biases" if g.qkv_bias else "")
+            + (", q/k norms" if g.qk_norm else ""),
+            f"Student  {format_count(counts.student)} parameters, {format_count(counts.all_mixers)} of them in mixers",
+            f"Layers   {plan.layers.drawing}   ({plan.layers.legend})",
+            f"         attention stays in {ranges(kept) or 'none'}; converted: {ranges(converted) or 'none'}",
+        ]
+    )
+
+
+def _table(left: tuple[str, ...], right: tuple[str, ...] = ()) -> Table:
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in left:
+        made.add_column(name)
+    for name in right:
+        made.add_column(name, justify="right")
+    return made
+
+
+def _tensors(table: TensorTable) -> Table:
+    made = _table(("tensor", "shape", "source", "from"))
+    for row in table.rows:
+        made.add_row(row.name, " × ".join(map(str, row.shape)), row.source, row.origin)
+    return made
+
+
+def _stages(plan: Plan) -> Table:
+    right = ("tokens", "window", "batch", "steps", "memory", "FLOPs", f"{plan.gpu}-hours")
+    made = _table(("stage", "what", "trains"), right)
+    for stage in plan.stages:
+        made.add_row(stage.name, stage.title, *_figures(stage))
+    total = sum(stage.gpu_hours for stage in plan.stages)
+    flops = sum(stage.flops for stage in plan.stages)
+    made.add_row("all", "", "", "", "", "", "", "", f"{flops:.2g}", _hours(total))
+    return made
+
+
+def _figures(stage: StagePlan) -> list[str]:
+    if not stage.settings:
+        return ["nothing", *["-"] * 7]
+    settings = stage.settings
+    return [
+        format_count(stage.trained),
+        format_count(settings["tokens"]),
+        str(settings["seq_len"]),
+        str(settings["batch"]),
+        f"{stage.steps:,}",
+        format_bytes(stage.total_memory),
+        f"{stage.flops:.2g}",
+        _hours(stage.gpu_hours),
+    ]
+
+
+def _hours(hours: float) -> str:
+    return "< 0.01" if hours < 0.01 else f"{hours:.3g}"
+
+
+def _footnote(plan: Plan) -> str:
+    return (
+        f"Memory and hours are estimates: memory on one device, without activation checkpointing; hours at "
+        f"{plan.mfu:.0%} of {costs.GPUS[plan.gpu][0]:g} TFLOP/s (bf16 peak of one {plan.gpu})."
+    )
+
+
+def _cache(plan: Plan) -> Table:
+    made = _table((), ("tokens", "teacher", "student", "smaller by"))
+    for tokens, before, after in plan.cache:
+        ratio = before / after
+        smaller = f"{ratio:,.0f} ×" if ratio >= 100 else f"{ratio:.3g} ×"
+        made.add_row(f"{tokens:,}", format_bytes(before), format_bytes(after), smaller)
+    return made

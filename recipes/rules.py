@@ -1,0 +1,110 @@
+"""What no single key of a recipe can say: which keys exclude each other, and the order of the stages.
+
+The rules read plain data and skip what is malformed, so that they can speak together with the errors of the schema.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+Path = tuple[str | int, ...]
+
+# Setting one on top of a parent recipe, or on the command line, removes the other one from below.
+ALTERNATIVES = (("layers", "keep", "convert"), ("data", "source", "mix"))
+ORDER = ("transfer", "calibrate", "align", "glue", "extend")
+
+
+def check(raw: Any) -> list[tuple[Path, str]]:
+    """Every broken rule as (path, message)."""
+    if not isinstance(raw, dict):
+        return []
+    return [*_layers(raw), *_data(raw), *_stages(raw)]
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` Did you mean X?`, or nothing where no known word is near."""
+    near = difflib.get_close_matches(word.lower(), list(known), n=1)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def stage_name(item: Any) -> str | None:
+    """The name of a stage as written in a recipe, None where it is malformed."""
+    if not isinstance(item, dict) or len(item) != 1:
+        return None
+    kind, settings = next(iter(item.items()))
+    name = settings.get("name") if isinstance(settings, dict) else None
+    return str(name or kind)
+
+
+def _given(section: Any, key: str) -> bool:
+    return isinstance(section, dict) and section.get(key) is not None
+
+
+def _layers(raw: dict[str, Any]) -> list[tuple[Path, str]]:
+    layers = raw.get("layers")
+    if not isinstance(layers, dict):
+        return []
+    if _given(layers, "keep") and _given(layers, "convert"):
+        return [
+            (("layers", "convert"), "keep is given too, and each is the complement of the other; remove one of them")
+        ]
+    if not _given(layers, "keep") and not _given(layers, "convert"):
+        return [(("layers",), "neither keep nor convert is given; write one of them, for example convert: all")]
+    return []
+
+
+def _data(raw: dict[str, Any]) -> list[tuple[Path, str]]:
+    data = raw.get("data", {})
+    if not isinstance(data, dict):
+        return []
+    found: list[tuple[Path, str]] = []
+    if _given(data, "source") and _given(data, "mix"):
+        found.append((("data", "mix"), "source is given too; remove one of them"))
+    elif not _given(data, "source") and not _given(data, "mix"):
+        found.append((("data", "source"), "required, as no text is named; add data.source=FILE to the command"))
+    if data.get("text", "") is None and not _given(data, "messages"):
+        found.append((("data", "text"), "null, and messages is not given either; name the field that holds the text"))
+    return found
+
+
+def _stages(raw: dict[str, Any]) -> list[tuple[Path, str]]:
+    stages = raw.get("stages")
+    if not isinstance(stages, list):
+        return []
+    found: list[tuple[Path, str]] = []
+    names: set[str] = set()
+    last = ""
+    for i, item in enumerate(stages):
+        name = stage_name(item)
+        if name is None:
+            continue
+        kind, settings = next(iter(item.items()))
+        if name in names:
+            found.append(
+                (("stages", i), f"a stage named {name!r} came before; give one of them another name: {{name: ...}}")
+            )
+        names.add(name)
+        if kind in ORDER:
+            if i == 0 and kind != "transfer":
+                found.append((("stages", i), f"the first stage is {kind}; put - transfer: {{}} before it"))
+            if last and (ORDER.index(kind) < ORDER.index(last) or kind == last == "transfer"):
+                found.append((("stages", i), f"{kind} cannot follow {last}; the order is {', '.join(ORDER)}"))
+            last = kind
+        found += [(("stages", i, kind, key), message) for key, message in _settings(settings)]
+    return found
+
+
+def _settings(settings: Any) -> list[tuple[str, str]]:
+    """Rules within one training stage."""
+    if not isinstance(settings, dict):
+        return []
+    found = []
+    batch, micro = settings.get("batch"), settings.get("micro_batch")
+    if isinstance(batch, int) and isinstance(micro, int) and micro > 0 and batch % micro:
+        found.append(("micro_batch", f"{micro} does not divide batch, which is {batch}"))
+    lr, final = settings.get("lr"), settings.get("lr_final")
+    if isinstance(lr, int | float) and isinstance(final, int | float) and final > lr:
+        found.append(("lr_final", f"{final} is higher than lr, which is {lr}; learning rates fall"))
+    return found

@@ -1,0 +1,509 @@
+"""The recipe as types: every key with its type, bounds, default and meaning. The reference page is made from it.
+
+What a single key cannot say (either `keep` or `convert`, the order of the stages) is in `rules.py`; reading files and
+naming the place of an error is `loader.py`'s work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    field_validator,
+    model_validator,
+)
+
+from ..mixers import registry
+from . import rules
+from .layers import FORMS, check_form
+from .units import COUNT_WORDS, parse_count
+
+SCHEMA = 1
+EMBEDDED = "embedded"  # in teacher.model and data.source: what the package brings along
+
+
+@dataclass(frozen=True)
+class Words:
+    """How a key's type is named in errors and in the reference, where the annotation alone says too little."""
+
+    text: str
+
+
+class Faults(ValueError):
+    """Several mistakes below one key, each with its path from there."""
+
+    def __init__(self, items: list[tuple[tuple[str | int, ...], str]]) -> None:
+        super().__init__("; ".join(message for _, message in items))
+        self.items = items
+
+
+class Section(BaseModel):
+    """Base of all sections: nothing unknown, nothing coerced, nothing changed afterwards."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def _length(value: Any) -> Any:
+    if value == "auto":
+        return value
+    try:
+        length = parse_count(value)
+    except ValueError:
+        length = 0
+    if length < 2:
+        raise ValueError(f"expected auto or a number of tokens, at least 2, such as 512, found {value!r}")
+    return length
+
+
+def _held_out(value: Any) -> Any:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 0.5:
+        return float(value)
+    raise ValueError(f"expected a file, or a share of the documents above 0 and up to 0.5, found {value!r}")
+
+
+def _betas(value: Any) -> Any:
+    parts = value.split(",") if isinstance(value, str) else value
+    try:
+        first, second = (float(part) for part in parts)
+    except (TypeError, ValueError):
+        raise ValueError(f"expected two numbers such as [0.9, 0.95], found {value!r}") from None
+    if not (0 <= first < 1 and 0 <= second < 1):
+        raise ValueError(f"both betas lie from 0 to below 1, found {value!r}")
+    return (first, second)
+
+
+def _choice(value: Any) -> Any:
+    return None if value is None else check_form(value)
+
+
+def _mixer_name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected the name of a mixer, found {value!r}. Available: {', '.join(registry.names())}")
+    return registry.resolve(value)
+
+
+Count = Annotated[int, BeforeValidator(parse_count), Words("count")]
+Length = Annotated[int | Literal["auto"], BeforeValidator(_length), Words("tokens or auto")]
+LayerChoice = Annotated[Any, BeforeValidator(_choice), Words("layers")]
+MixerName = Annotated[str, BeforeValidator(_mixer_name), Words("mixer")]
+HeldOut = Annotated[str | float, BeforeValidator(_held_out), Words("file or share")]
+Betas = Annotated[tuple[float, float], BeforeValidator(_betas), Field(strict=False), Words("two numbers")]
+Weight = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class TeacherSection(Section):
+    """The pretrained softmax-attention model. It is never changed."""
+
+    model: str = Field(
+        min_length=1, description="local folder (relative to where the command runs) or Hub id; `embedded` for the toy"
+    )
+    revision: str | None = Field(
+        default=None, description="branch, tag or commit on the Hub; the commit used is recorded"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="precision the teacher runs in"
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="must be false: every known family is transformers' own code"
+    )
+
+    @field_validator("trust_remote_code")
+    @classmethod
+    def _no_remote_code(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("teachers never run code of their own here; remove the line or write false")
+        return value
+
+
+class OverrideSection(Section):
+    """What stands in some layers instead of `layers.mixer`."""
+
+    mixer: MixerName = Field(description="mixer for these layers")
+
+
+def _override(value: Any) -> Any:
+    return {"mixer": value} if isinstance(value, str) else value
+
+
+class LayersSection(Section):
+    """Which layers keep their attention and what replaces it in the others."""
+
+    mixer: MixerName = Field(description="what replaces attention: a mixer's name, or one of its aliases")
+    keep: LayerChoice = Field(default=None, description="layers whose attention stays; the others are converted")
+    convert: LayerChoice = Field(default=None, description="layers that are converted; the others keep their attention")
+    overrides: dict[str, Annotated[OverrideSection, BeforeValidator(_override)]] = Field(
+        default_factory=dict, description='another mixer for some converted layers: {"0-2": gated_deltanet}'
+    )
+
+    @field_validator("overrides", mode="before")
+    @classmethod
+    def _ranges(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            faults = []
+            for text in value:
+                try:
+                    check_form(text)
+                except ValueError as error:
+                    faults.append(((text,), str(error)))
+            if faults:
+                raise Faults(faults)
+        return value
+
+
+class DataSection(Section):
+    """The text that the stages see."""
+
+    source: str | None = Field(
+        default=None,
+        min_length=1,
+        description="file, folder or glob (txt, jsonl, parquet; relative to where the command runs), or Hub dataset; "
+        "`embedded` for the toy text",
+    )
+    mix: dict[str, Weight] | None = Field(
+        default=None, min_length=1, description="several sources with their shares of the tokens"
+    )
+    split: str = Field(default="train", description="split of a Hub dataset")
+    text: str | None = Field(
+        default="text", min_length=1, description="field of jsonl, parquet and Hub records with the text"
+    )
+    messages: str | None = Field(
+        default=None,
+        min_length=1,
+        description="field with chat messages, preferred where a record has it: chat template, loss on the "
+        "assistant's words only",
+    )
+    valid: HeldOut = Field(default=0.01, description="held-out text: a file, or a share of the documents set aside")
+    seq_len: Length = Field(
+        default="auto", description="window in tokens; auto is 512, and never more than the teacher's context"
+    )
+    pack: bool = Field(default=True, description="fill windows with several documents; their borders are respected")
+    separator: str = Field(
+        default="auto",
+        min_length=1,
+        description="splits plain text files into documents; auto is `<|endoftext|>`, none splits nothing",
+    )
+    seed: Seed | None = Field(default=None, description="order of the documents; the recipe's seed if null")
+    shuffle_buffer: Count = Field(
+        default=2048, ge=1, description="documents held for shuffling when a Hub dataset is streamed"
+    )
+
+
+class Stage(Section):
+    """One step of the way. `kind` is its key in the recipe."""
+
+    kind: ClassVar[str]
+    title: ClassVar[str]
+    name: str = Field(
+        default="",
+        pattern=r"^[A-Za-z0-9_-]*$",
+        description="what overrides, metrics and folders call it; its kind if empty",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {**value, "name": value.get("name") or cls.kind} if isinstance(value, dict) else value
+
+
+class TransferStage(Stage):
+    """Initialise every mixer from its attention's own weights, without data."""
+
+    kind = "transfer"
+    title = "no data, trains nothing"
+
+
+class TrainingStage(Stage):
+    """What every training stage can set."""
+
+    tokens: Count = Field(ge=1, description="non-padding input tokens that the stage sees")
+    batch: int = Field(default=32, ge=1, description="sequences per optimizer step, over all ranks")
+    micro_batch: int | None = Field(
+        default=None, ge=1, description="sequences per forward pass, a divisor of batch; batch if null"
+    )
+    seq_len: Length | None = Field(default=None, description="window in tokens; data.seq_len if null")
+    lr: float = Field(gt=0, le=1, description="highest learning rate")
+    lr_final: float | None = Field(
+        default=None, ge=0, le=1, description="learning rate at the end; a hundredth of lr if null"
+    )
+    schedule: Literal["cosine", "quarter_cosine", "linear", "constant", "wsd"] = Field(
+        default="constant", description="way from lr to lr_final; constant never leaves lr, wsd falls in the last fifth"
+    )
+    warmup: int = Field(default=50, ge=0, description="optimizer steps from a hundredth of lr to lr")
+    betas: Betas = Field(default=(0.9, 0.95), description="AdamW's decay of the moments")
+    weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's decoupled weight decay, on matrices")
+    clip: float | None = Field(default=1.0, gt=0, description="largest gradient norm; null never clips")
+    seed: Seed | None = Field(default=None, description="of this stage; the recipe's seed if null")
+
+    @property
+    def final_lr(self) -> float:
+        """Learning rate at the end: `lr_final`, or a hundredth of `lr`."""
+        return self.lr / 100 if self.lr_final is None else self.lr_final
+
+
+class AlignStage(TrainingStage):
+    """Each mixer learns, on the teacher's layer input, to give the teacher's layer output. Trains the mixers alone."""
+
+    kind = "align"
+    title = "trains the mixers, each layer for itself"
+    lr: float = Field(default=1e-3, gt=0, le=1, description="highest learning rate")
+    schedule: Literal["cosine", "quarter_cosine", "linear", "constant", "wsd"] = Field(
+        default="cosine", description="way from lr to lr_final; constant never leaves lr, wsd falls in the last fifth"
+    )
+    loss: Literal["l2", "mse", "cosine"] = Field(
+        default="l2", description="distance of the outputs: l2 is the norm itself, not squared (RADLADS)"
+    )
+
+
+class LossWeights(Section):
+    """Weights of the parts of an end-to-end loss; at least one is above 0."""
+
+    kl: float = Field(default=0.0, ge=0, description="forward KL(teacher || student)")
+    reverse_kl: float = Field(default=0.0, ge=0, description="reverse KL(student || teacher)")
+    ce: float = Field(default=0.0, ge=0, description="cross-entropy on the text itself")
+
+    @model_validator(mode="after")
+    def _some(self) -> LossWeights:
+        if self.kl + self.reverse_kl + self.ce == 0:
+            raise ValueError("every weight is 0, so nothing would be learnt; write for example {kl: 1.0}")
+        return self
+
+
+class GlueStage(TrainingStage):
+    """The student as a whole learns the teacher's predictions."""
+
+    kind = "glue"
+    title = "trains end to end on the teacher's logits"
+    lr: float = Field(default=1e-5, gt=0, le=1, description="highest learning rate")
+    lr_mixers: float | None = Field(
+        default=None, gt=0, le=1, description="highest learning rate of the mixers alone; lr if null"
+    )
+    loss: LossWeights = Field(
+        default_factory=lambda: LossWeights(kl=1.0), description="weights of kl, reverse_kl and ce"
+    )
+    temperature: float = Field(default=1.0, gt=0, le=100, description="of the two KL terms")
+    train: Literal["all", "no-ffn", "mixers+norms", "mixers"] = Field(
+        default="all", description="what learns; the published runs found a frozen feed-forward part worse"
+    )
+
+
+class ExtendStage(GlueStage):
+    """Glue again, at the length that `seq_len` says."""
+
+    kind = "extend"
+    title = "glue on longer sequences"
+    seq_len: Length = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        description="window in tokens, never more than the teacher's context"
+    )
+    batch: int = Field(default=16, ge=1, description="sequences per optimizer step, over all ranks")
+
+
+STAGES: dict[str, type[Stage]] = {s.kind: s for s in (TransferStage, AlignStage, GlueStage, ExtendStage)}
+LATER_STAGES = ("calibrate",)  # in the grammar, not yet in the code
+
+
+def _one_key(value: Any) -> Any:
+    """A stage as written, refused unless it is one known key with a mapping below."""
+    if isinstance(value, Stage):
+        return value
+    known = ", ".join(STAGES)
+    if isinstance(value, str) and value in STAGES:
+        raise ValueError(f"a stage is a key with its settings, found the word alone; write - {value}: {{}}")
+    if not isinstance(value, dict) or len(value) != 1:
+        raise ValueError(f"a stage is one key with its settings, such as - glue: {{tokens: 2M}}, found {value!r}")
+    kind, settings = next(iter(value.items()))
+    if kind in LATER_STAGES:
+        raise ValueError(f"the {kind} stage is not available in this version; remove it. Available: {known}")
+    if kind not in STAGES:
+        raise ValueError(f"unknown stage {kind!r}.{rules.nearest(str(kind), STAGES)} Available: {known}")
+    return {kind: {} if settings is None else settings}
+
+
+def _kind(value: Any) -> str:
+    return value.kind if isinstance(value, Stage) else next(iter(value))
+
+
+def _settings(kind: str) -> BeforeValidator:
+    return BeforeValidator(lambda value: value[kind] if isinstance(value, dict) else value)
+
+
+AnyStage = Annotated[
+    Annotated[TransferStage, _settings("transfer"), Tag("transfer")]
+    | Annotated[AlignStage, _settings("align"), Tag("align")]
+    | Annotated[GlueStage, _settings("glue"), Tag("glue")]
+    | Annotated[ExtendStage, _settings("extend"), Tag("extend")],
+    Discriminator(_kind),
+    BeforeValidator(_one_key),
+    Words("stages"),
+]
+
+
+class EngineSection(Section):
+    """What the run runs on."""
+
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="of the student's compute; weights stay fp32 masters"
+    )
+    parallel: Literal["single", "ddp", "fsdp2", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3"] = Field(
+        default="single", description="single is one process; the others are not available in this version"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes a GPU where there is one")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; as torch finds them if null")
+
+    @field_validator("parallel")
+    @classmethod
+    def _single(cls, value: str) -> str:
+        if value != "single":
+            raise ValueError(
+                f"{value} is not available in this version; write single (one process, where a batch that does not "
+                "fit is split by micro_batch)"
+            )
+        return value
+
+
+class EvalSection(Section):
+    """What is measured on held-out text while the stages run."""
+
+    suite: Literal["quick"] = Field(
+        default="quick", description="quick: perplexity, KL and top-1 agreement on held-out text"
+    )
+    against: Literal["teacher"] = Field(default="teacher", description="what the student is compared with")
+    every: Count | None = Field(
+        default=None, ge=1, description="training tokens between measurements; ten per stage if null"
+    )
+    tokens: Count = Field(default=50_000, ge=1, description="held-out tokens per measurement")
+
+
+class TrackSection(Section):
+    """Where metrics go besides the metrics.jsonl that is always written."""
+
+    wandb: str | None = Field(
+        default=None, min_length=1, description="Weights & Biases project; needs the extra relinear[wandb]"
+    )
+
+
+class SaveSection(Section):
+    """The run folder."""
+
+    dir: str | None = Field(default=None, min_length=1, description="run folder; runs/RECIPE-TEACHER if null")
+    every: Count | None = Field(
+        default=None, ge=1, description="training tokens between saved steps; ten per stage if null"
+    )
+    keep: int = Field(default=2, ge=1, description="saved steps kept, the newest ones; the best is kept beside them")
+
+
+class PublishSection(Section):
+    """Where the result goes when it is pushed."""
+
+    repo: str | None = Field(default=None, min_length=1, description="Hub repository, NAME or OWNER/NAME")
+    private: bool = Field(default=True, description="create it as a private repository")
+
+
+class Recipe(Section):
+    """A whole recipe."""
+
+    schema_version: Literal[1] = Field(alias="schema", description="version of this format: 1")
+    teacher: TeacherSection = Field(description="the model to convert")
+    layers: LayersSection = Field(description="what is converted")
+    mixers: dict[str, dict[str, Any]] = Field(default_factory=dict, description="options of the mixers, by mixer")
+    data: DataSection = Field(description="the text")
+    stages: list[AnyStage] = Field(
+        min_length=1, description="what happens, in order; each item is one key with settings"
+    )
+    engine: EngineSection = Field(default_factory=EngineSection, description="what it runs on")
+    eval: EvalSection = Field(default_factory=EvalSection, description="what is measured")
+    track: TrackSection = Field(default_factory=TrackSection, description="trackers")
+    save: SaveSection = Field(default_factory=SaveSection, description="run folder")
+    publish: PublishSection = Field(default_factory=PublishSection, description="Hub repository")
+    seed: Seed = Field(default=0, description="of everything that is random")
+    max_hours: float | None = Field(
+        default=None, gt=0, description="save and stop after so many hours; --resume goes on"
+    )
+
+    _places: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @field_validator("mixers", mode="before")
+    @classmethod
+    def _options(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        faults: list[tuple[tuple[str | int, ...], str]] = []
+        parsed: dict[str, dict[str, Any]] = {}
+        for name, options in value.items():
+            try:
+                known = registry.resolve(str(name))
+            except ValueError as error:
+                faults.append(((name,), str(error)))
+                continue
+            if known in parsed:
+                faults.append(((name,), f"{known} has its options twice; put them under one name"))
+            elif not isinstance(options, dict | None):
+                faults.append(((name,), f"expected a mapping of options, found {options!r}"))
+            else:
+                kind = registry.spec(known).options
+                names = [field.name for field in dataclasses.fields(kind)]
+                for key in [key for key in options or {} if key not in names]:
+                    hint = rules.nearest(key, names) or f" Known here: {', '.join(names)}"
+                    faults.append(((name, key), f"unknown option.{hint}"))
+                try:
+                    parsed[known] = kind.parse({k: v for k, v in (options or {}).items() if k in names}).to_dict()
+                except ValueError as error:
+                    for line in str(error).split("\n"):
+                        key, _, message = line.partition(": ")
+                        faults.append(((name, key), message))
+        if faults:
+            raise Faults(faults)
+        return parsed
+
+    @model_validator(mode="after")
+    def _rules(self) -> Recipe:
+        found = rules.check(self.to_dict())
+        if found:
+            raise Faults(found)
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        """Same values; where they were written does not matter."""
+        return isinstance(other, Recipe) and self.to_dict() == other.to_dict()
+
+    def stage(self, name: str) -> Any:
+        """The stage of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise KeyError(name)
+
+    def place(self, path: str) -> str:
+        """Where a dotted path was written, for errors found later: `mine.yaml:7: layers.keep`."""
+        parts = path.split(".")
+        for end in range(len(parts), 0, -1):
+            known = self._places.get(".".join(parts[:end]))
+            if known:
+                return f"{known}: {path}"
+        return path
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values with every key, in the recipe's own form."""
+        plain = self.model_dump(mode="json", by_alias=True, exclude={"stages"})
+        stages = [{stage.kind: stage.model_dump(mode="json")} for stage in self.stages]
+        return {name: stages if name == "stages" else plain[name] for name in _TOP}
+
+
+_TOP = [field.alias or name for name, field in Recipe.model_fields.items()]
+
+__all__ = ["COUNT_WORDS", "FORMS", "LATER_STAGES", "STAGES", "Faults", "Recipe", "Section", "Stage", "Words"]
