@@ -1,0 +1,139 @@
+"""Writing a student as a folder that plain transformers loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from . import families
+from .errors import UserError
+from .files import commit_directory
+from .flatten import auto_map, modelling_files
+from .teacher import load_tokenizer
+
+# Copied byte for byte from the teacher's folder where they exist.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_SAMPLES = ("Once upon a time, there was 1 cat & 23 dogs.", " leading space", "line\nbreak\ttab", "naïve café, 日本語")
+
+
+def export_student(
+    student: Any,
+    teacher_folder: Path,
+    out: Path,
+    *,
+    dtype: str = "float32",
+    extra: dict[str, str | Path] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write `student` to `out`: weights, config, modelling files, tokenizer and what else is given (atomic).
+
+    Args:
+        student: a model of `modeling.classes.student_classes`.
+        teacher_folder: where tokenizer, generation settings and licence files come from.
+        out: the folder to make.
+        dtype: of the weights written; decays and their like stay fp32.
+        extra: further files: name -> text, or a path to copy.
+        overwrite: replace an export that stands there already.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: `out` exists, or the tokenizer gives other ids beside our config than beside the teacher's.
+        MachineError: the disk is full; nothing that was there is harmed.
+    """
+    if out.exists() and not overwrite:
+        raise UserError(f"{out}: already exists. Give another folder, or add --overwrite to replace it")
+
+    def write(folder: Path) -> None:
+        _write_weights(student, folder, dtype)
+        family = families.FAMILIES[student.config.base_model_type]
+        used = sorted({name for name in student.config.mixer_types if name})
+        for name, text in modelling_files(family, used).items():
+            (folder / name).write_text(text, encoding="utf-8")
+        _copy_teacher_files(teacher_folder, folder)
+        _write_config(folder, dtype)
+        for name, content in (extra or {}).items():
+            if isinstance(content, Path):
+                shutil.copyfile(content, folder / name)
+            else:
+                (folder / name).write_text(content, encoding="utf-8")
+        _check_tokenizer(teacher_folder, folder, student.config.vocab_size)
+
+    commit_directory(out, write, needed=sum(p.numel() * p.element_size() for p in student.parameters()))
+    return out
+
+
+def _write_weights(student: Any, folder: Path, dtype: str) -> None:
+    """Shards with index through transformers, in `dtype` except what must stay fp32."""
+    import torch
+
+    target = getattr(torch, dtype)
+    fp32 = tuple(student._keep_in_fp32_modules_strict or ())
+    state = {
+        name: value if name.endswith(fp32) or not value.is_floating_point() else value.to(target)
+        for name, value in student.state_dict().items()
+    }
+    student.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
+
+
+def _write_config(folder: Path, dtype: str) -> None:
+    """Complete the config.json that save_pretrained wrote."""
+    import transformers
+
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["architectures"] = ["RelinearForCausalLM"]
+    config["auto_map"] = auto_map()
+    config["dtype"] = dtype
+    config["relinear_version"] = __version__
+    config["verified_transformers"] = {"min": transformers.__version__, "max": transformers.__version__}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _copy_teacher_files(source: Path, folder: Path) -> None:
+    for name in _TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+    if (source / "generation_config.json").exists():
+        shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+    for path in source.iterdir():
+        if path.is_file() and path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE")):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _check_tokenizer(teacher_folder: Path, folder: Path, vocab_size: int) -> None:
+    """The same files must give the same ids, although the class that transformers picks depends on config.json too."""
+    theirs = load_tokenizer(teacher_folder, vocab_size)
+    if _same_ids(load_tokenizer(folder, vocab_size), theirs):
+        return
+    # The teacher's model type named the class; ours does not. Say it where the class is looked up first.
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    settings["tokenizer_class"] = type(theirs).__name__
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if not _same_ids(load_tokenizer(folder, vocab_size), theirs):
+        raise UserError(
+            f"{teacher_folder}: its tokenizer gives other ids beside our config.json than beside its own. Save it "
+            "again with transformers (tokenizer.save_pretrained) and use that folder as the teacher"
+        )
+
+
+def _same_ids(ours: Any, theirs: Any) -> bool:
+    return (
+        ours.get_vocab() == theirs.get_vocab()
+        and ours.special_tokens_map == theirs.special_tokens_map
+        and all(ours(text)["input_ids"] == theirs(text)["input_ids"] for text in _SAMPLES)
+    )

@@ -1,0 +1,122 @@
+"""The cache layer of a mixer: a state of constant size and a count of the tokens that made it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionLayer
+
+
+class MixerCacheLayer(LinearAttentionLayer, CacheLayerMixin):
+    """transformers' linear-attention cache layer with what the stock one lacks.
+
+    It counts tokens (so that a model without any attention layer still knows its length), marks that it has a previous
+    state (the stock layer does so for convolution states only) and follows batch repetition and selection. The states
+    are fp32 tensors, batch first; they are replaced, not copied into, at every step.
+    """
+
+    # True although we replace states: transformers skips the mask of a static cache's unused slots otherwise. That
+    # generate does not compile by itself is said on the model (`_can_compile_fullgraph`).
+    is_compileable = True
+    is_sliding = False
+
+    def __init__(self) -> None:
+        CacheLayerMixin.__init__(self)
+        LinearAttentionLayer.__init__(self, number_of_states=1)
+        self.states: tuple[torch.Tensor, ...] | None = None
+        self.tokens = 0
+
+    def read(self) -> tuple[torch.Tensor, ...] | None:
+        """The states after the tokens seen so far, None before the first."""
+        return self.states
+
+    def write(self, states: tuple[torch.Tensor, ...], tokens: int) -> None:
+        """Take the states after `tokens` further tokens."""
+        self.states = tuple(states)
+        self.tokens += tokens
+        self.has_previous_state[0] = True
+        if self.states:
+            self.device, self.dtype = self.states[0].device, self.states[0].dtype
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Refuse keys and values: this layer has none.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError("a mixer's cache layer holds a state, not keys and values: attention was called on it")
+
+    def get_seq_length(self) -> int:
+        """Tokens seen."""
+        return self.tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(key length, offset) as an attention layer that saw the same tokens would give."""
+        return self.tokens + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    @property
+    def is_croppable(self) -> bool:
+        """A recurrent state cannot be rolled back."""
+        return False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse to forget tokens, except none at all.
+
+        Raises:
+            RuntimeError: a recurrent state cannot be rolled back.
+        """
+        if tokens_to_remove != 0:
+            raise RuntimeError("the state of a linear mixer cannot be cropped: it does not keep single tokens")
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.states, self.tokens = None, 0
+        self.has_previous_state[0] = False
+
+    def _map(self, change: Any) -> None:
+        if self.states is not None:
+            self.states = tuple(change(state) for state in self.states)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Follow beam search."""
+        self._map(lambda state: state.index_select(0, beam_idx.to(state.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self._map(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows."""
+        self._map(lambda state: state[indices.to(state.device)])
+
+    def offload(self) -> None:
+        """Move to the CPU."""
+        self._map(lambda state: state.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move back."""
+        self._map(lambda state: state.to(self.device, non_blocking=True))
+
+
+def install_mixer_layers(cache: Cache, layers: list[int]) -> None:
+    """Put a mixer's layer wherever `cache` still has the empty layer that transformers made for that index (in place).
+
+    Works on any cache that generate or a caller built, dynamic or static.
+
+    Raises:
+        ValueError: the cache already holds keys and values at a mixer's layer, so it belongs to another model.
+    """
+    for layer in layers:
+        while len(cache.layers) <= layer:
+            cache.layers.append(DynamicLayer())
+        present = cache.layers[layer]
+        if isinstance(present, MixerCacheLayer):
+            continue
+        if isinstance(present, CacheLayerMixin) and present.is_initialized and present.get_seq_length() > 0:
+            raise ValueError(f"past_key_values holds keys and values at layer {layer}, which is a mixer in this model")
+        cache.layers[layer] = MixerCacheLayer()

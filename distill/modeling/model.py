@@ -1,0 +1,220 @@
+"""The student as a transformers model: the family's own classes with mixers where attention stood."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import (
+    create_masks_for_generate,
+    create_recurrent_attention_mask,
+    find_packed_sequence_indices,
+)
+
+from ...mixers.base import Mixer, MixerInputs
+from .cache import install_mixer_layers
+from .config import geometry, mixer_plan
+
+
+class Family(NamedTuple):
+    """What the model must know of its family, so that this file serves every one of them.
+
+    Attributes:
+        attention: attribute of a decoder layer that holds attention.
+        masks_by_type: the family looks its masks up by `config.layer_types`.
+    """
+
+    attention: str
+    masks_by_type: bool
+
+
+def build_mixers(config: Any, classes: dict[str, type[Mixer]]) -> dict[int, Mixer]:
+    """The mixers that a student's config names, with fresh parameters."""
+    shape = geometry(config)
+    plan = mixer_plan(config)
+    built: dict[int, Mixer] = {}
+    for layer, (name, options) in plan.items():
+        mixer = classes[name]
+        # The lowest layer of a mixer is the source of what couples its layers (RWKV-7's value residual).
+        first = layer == min(index for index, (other, _) in plan.items() if other == name)
+        built[layer] = mixer(shape, mixer.spec.options.parse(options), layer, config.num_hidden_layers, first)
+    return built
+
+
+def _initialise(module: Mixer) -> None:
+    """Initial values for the parameters of `module` that no checkpoint gave."""
+    loaded = {name: p.detach().clone() for name, p in module.named_parameters() if getattr(p, "_is_hf_initialized", 0)}
+    if len(loaded) == len(list(module.parameters())):
+        return
+    module.reset_parameters()
+    with torch.no_grad():
+        for name, value in loaded.items():
+            module.get_parameter(name).copy_(value)
+
+
+class StudentBase:
+    """Shared by the backbone and the causal language model: both must know how a mixer is initialised."""
+
+    _is_stateful = True
+    # Compiled decoding with a mixer's cache is not established.
+    _can_compile_fullgraph = False
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(module, Mixer):
+            _initialise(module)
+
+    def mixers(self) -> dict[int, Mixer]:
+        """Layer index -> mixer, for the converted layers."""
+        return {module.layer_idx: module for module in self.modules() if isinstance(module, Mixer)}  # pyright: ignore
+
+
+def model_classes(
+    config_type: type,
+    base_model: type,
+    base_lm: type,
+    mixers: dict[str, type[Mixer]],
+    family: Family,
+    names: tuple[str, str],
+    module: str,
+) -> tuple[type, type]:
+    """The backbone and the causal language model of one family.
+
+    Args:
+        config_type: the student's config class.
+        base_model: the family's backbone, e.g. `LlamaModel`.
+        base_lm: the family's causal language model, e.g. `LlamaForCausalLM`.
+        mixers: mixer classes by name; those that the config may name.
+        family: attribute names and mask conventions.
+        names: of the two new classes.
+        module: `__module__` of the new classes: where transformers looks for the file to copy when saving.
+    """
+
+    class Model(StudentBase, base_model):  # pyright: ignore[reportGeneralTypeIssues]
+        config_class = config_type
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            built = build_mixers(config, mixers)
+            self.mixer_layers = sorted(built)
+            for layer, mixer in built.items():
+                setattr(self.layers[layer], family.attention, mixer)
+            # Matched as substrings of parameter names: with the module in front, nothing else can match.
+            self._keep_in_fp32_modules_strict = {
+                f"{family.attention}.{name}" for mixer in built.values() for name in mixer.fp32_parameter_names()
+            }
+            self.post_init()
+
+        def forward(
+            self,
+            input_ids: torch.Tensor | None = None,
+            attention_mask: torch.Tensor | dict | None = None,
+            position_ids: torch.Tensor | None = None,
+            past_key_values: Any = None,
+            inputs_embeds: torch.Tensor | None = None,
+            use_cache: bool | None = None,
+            **kwargs: Any,
+        ) -> Any:
+            """The family's forward, with a mixer's cache layers, padding and document borders seen to."""
+            if not self.mixer_layers:
+                return super().forward(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    past_key_values=past_key_values,
+                    inputs_embeds=inputs_embeds,
+                    use_cache=use_cache,
+                    **kwargs,
+                )
+            if (input_ids is None) == (inputs_embeds is None):
+                raise ValueError("give exactly one of input_ids and inputs_embeds")
+            if inputs_embeds is None:
+                inputs_embeds = self.embed_tokens(input_ids)
+            if use_cache is None:
+                use_cache = bool(self.config.use_cache)
+            if self.gradient_checkpointing and self.training:
+                use_cache = False
+            if use_cache and past_key_values is None:
+                past_key_values = DynamicCache(config=self.config)
+            if past_key_values is not None:
+                install_mixer_layers(past_key_values, self.mixer_layers)
+            if position_ids is None:
+                seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+                position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen
+            return super().forward(
+                attention_mask=self._attention_masks(inputs_embeds, attention_mask, past_key_values, position_ids),
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                mixer_inputs=self._mixer_inputs(inputs_embeds, attention_mask, past_key_values, position_ids),
+                **kwargs,
+            )
+
+        def _attention_masks(
+            self,
+            inputs_embeds: torch.Tensor,
+            attention_mask: torch.Tensor | dict | None,
+            past_key_values: Any,
+            position_ids: torch.Tensor,
+        ) -> Any:
+            """What the family's own forward expects as its mask, for the layers where attention stays."""
+            if len(self.mixer_layers) == self.config.num_hidden_layers:
+                # No layer reads a mask. A tensor of four dimensions tells transformers not to make one.
+                none = inputs_embeds.new_empty((1, 1, 1, 1))
+                return {"full_attention": none, "linear_attention": none} if family.masks_by_type else none
+            if family.masks_by_type and not isinstance(attention_mask, dict):
+                return create_masks_for_generate(
+                    config=self.config,
+                    inputs_embeds=inputs_embeds,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    position_ids=position_ids,
+                )
+            if isinstance(attention_mask, dict) and not family.masks_by_type:
+                kept = [kind for kind in self.config.layer_types if kind != "linear_attention"]
+                return attention_mask[kept[0]]
+            return attention_mask
+
+        def _mixer_inputs(
+            self,
+            inputs_embeds: torch.Tensor,
+            attention_mask: torch.Tensor | dict | None,
+            past_key_values: Any,
+            position_ids: torch.Tensor,
+        ) -> MixerInputs:
+            """Padding and document borders, by the rules that transformers applies to kept attention."""
+            if isinstance(attention_mask, dict):
+                padding = attention_mask.get("linear_attention")
+            else:
+                padding = create_recurrent_attention_mask(self.config, inputs_embeds, attention_mask, past_key_values)
+            segments = None
+            if attention_mask is None and past_key_values is None:
+                segments = find_packed_sequence_indices(position_ids)
+                if segments is not None:
+                    segments = segments.expand(inputs_embeds.shape[0], -1)
+            return MixerInputs(None if padding is None else padding.bool(), segments)
+
+    class ForCausalLM(StudentBase, base_lm):  # pyright: ignore[reportGeneralTypeIssues]
+        config_class = config_type
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.model = Model(config)
+            self.post_init()
+
+        def _prepare_cache_for_generation(
+            self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        ) -> Any:
+            """Have a mixer's layers in the cache before generate first asks for its length."""
+            made = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            if model_kwargs.get("past_key_values") is not None:
+                install_mixer_layers(model_kwargs["past_key_values"], self.model.mixer_layers)
+            return made
+
+    for made, name in ((Model, names[0]), (ForCausalLM, names[1])):
+        made.__name__ = made.__qualname__ = name
+        made.__module__ = module
+    return Model, ForCausalLM
