@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from relinear.distill.data.batch import Batch
 from relinear.distill.student import transfer
@@ -75,3 +76,21 @@ def mixers_of() -> Callable[..., Any]:
         return transfer(teacher, {layer: (name, {}) for layer in chosen}, seed=1)[0]
 
     return make
+
+
+def measure_peak(work: Callable[[], object]) -> int:
+    """The most bytes that torch had allocated at one time while `work` ran, beyond those from before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.fixture
+def peak_bytes() -> Callable[[Callable[[], object]], int]:
+    """measure_peak."""
+    return measure_peak

@@ -94,7 +94,7 @@ def test_metrics_are_cut_back_to_an_offset(tmp_path: Path) -> None:
         log.truncate(offset)
         log.append({"step": 2, "again": True})
     assert files.read_metrics(path) == [{"step": 1, "loss": None}, {"step": 2, "again": True}]
-    with files.MetricsLog(path) as log, pytest.raises(UserError, match="metrics.jsonl: has"):
+    with files.MetricsLog(path) as log, pytest.raises(UserError, match=r"metrics\.jsonl: has"):
         log.truncate(10_000)
 
 

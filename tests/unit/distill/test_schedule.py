@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -44,7 +45,7 @@ def test_wsd_goes_down_over_the_last_fifth() -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_never_up_after_the_warm_up_and_never_negative(schedule: str) -> None:
     rates = [learning_rate(p, 200, lr=1e-3, lr_final=1e-6, schedule=schedule, warmup=20) for p in range(20, 201)]
-    assert all(a >= b > 0 for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a >= b > 0 for a, b in pairwise(rates))
 
 
 def test_a_warm_up_longer_than_the_stage_is_no_error() -> None:
@@ -52,5 +53,5 @@ def test_a_warm_up_longer_than_the_stage_is_no_error() -> None:
 
 
 def test_unknown_schedule() -> None:
-    with pytest.raises(ValueError, match="unknown schedule 'cosin'. Available: cosine"):
+    with pytest.raises(ValueError, match=r"unknown schedule 'cosin'\. Available: cosine"):
         learning_rate(0, 1, lr=1.0, schedule="cosin")
