@@ -1,9 +1,9 @@
 """Conversations to text and to the marks of what the assistant said.
 
-The text is what the tokenizer's chat template makes of the messages, BOS and end marks included: the template has the
-word on them, and nothing is added. Counted are the assistant's tokens only, with the end mark that the template puts
-after them: what `{% generation %}` encloses where the template has it; otherwise, for every assistant message, what the
-template adds between the conversation before it (with the generation prompt) and the conversation including it.
+The text is what the tokenizer's chat template makes of the messages, end marks included. Counted are the assistant's
+tokens only: what `{% generation %}` encloses where the template has it; otherwise, for every assistant message, what
+the template adds between the conversation before it (with the generation prompt) and the conversation including it,
+thus with the mark that ends the turn.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def messages_of(document: Document) -> list[dict[str, Any]]:
             message = {"role": _ROLES.get(role, role), "content": message["value"]}
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
             raise UserError(
-                f"{document.place}: message {number} is {str(message)[:60]!r}, expected {{role, content}}; correct it"
+                f"{document.place}: message {number} is {str(message)[:60]}, expected {{role, content}}; correct it"
             )
         messages.append(message)
     return messages

@@ -1,7 +1,8 @@
 """Documents to token ids, flat in memory.
 
-A text becomes BOS + its tokens: BOS once, also where the tokenizer adds it itself or the text begins with it, and none
-where the tokenizer has none; no EOS. A conversation becomes what the chat template says (chat.py).
+A document becomes BOS + its tokens: BOS once, also where the tokenizer adds it itself or the text begins with it, and
+none where the tokenizer has none; no EOS. A conversation's text, end marks included, is what the chat template makes of
+it (chat.py).
 """
 
 from __future__ import annotations
@@ -106,11 +107,12 @@ def _encode(documents: list[Document], tokenizer: Any) -> Tokens:
         # The tokenizer's own BOS and EOS are left out, so that what is added does not depend on its configuration.
         encoded = tokenizer([documents[index].content for index in texts], **_PLAIN)
         for index, found in zip(texts, encoded["input_ids"], strict=True):
-            ids[index] = [bos, *found] if bos is not None and found[:1] != [bos] else found
+            ids[index] = _bos_once(found, bos)
     if chats:
         for index, (found, completion) in zip(chats, _encode_chats(documents, chats, tokenizer), strict=True):
             if any(completion):
-                ids[index], completions[index] = found, completion
+                ids[index] = _bos_once(found, bos)
+                completions[index] = [False] * (len(ids[index]) - len(found)) + completion
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     flat = np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum()))
     scored = np.ones(len(flat), bool) if bos is None else flat != bos
@@ -118,6 +120,11 @@ def _encode(documents: list[Document], tokenizer: Any) -> Tokens:
     for index, completion in completions.items():
         scored[offsets[index] : offsets[index + 1]] = completion
     return Tokens(flat, np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[lengths > 0])]), scored)
+
+
+def _bos_once(ids: list[int], bos: int | None) -> list[int]:
+    """BOS in front, unless there is none or it stands there already; nothing stays nothing."""
+    return ids if bos is None or not ids or ids[0] == bos else [bos, *ids]
 
 
 # verbose=False: documents may be longer than the model's context, they are cut into windows later.
