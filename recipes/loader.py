@@ -311,11 +311,14 @@ def _message(item: Any, raw: Any) -> str:
         return f"expected {expected}, found {value!r}.{_near_value(value, expected)}".rstrip(".")
     if kind in _EXPECTED:
         hint = _near_bool(value) if kind == "bool_type" else ""
+        if kind == "string_type" and isinstance(value, int | float):
+            hint = """; quotes make it a text: '"..."' on the command line"""
         return f"expected {_EXPECTED[kind]}, found {value!r}{hint}"
     bounds = {"greater_than": "above {gt}", "greater_than_equal": "at least {ge}", "less_than": "below {lt}"}
     bounds |= {"less_than_equal": "at most {le}"}
     if kind in bounds:
-        return f"expected a number {bounds[kind].format(**context)}, found {value!r}"
+        limits = {name: f"{limit:g}" for name, limit in context.items()}
+        return f"expected a number {bounds[kind].format(**limits)}, found {value!r}"
     if kind in ("string_too_short", "too_short"):
         return "is empty; give a value, or leave the key out"
     return f"{item['msg'][0].lower()}{item['msg'][1:]}, found {value!r}"

@@ -233,7 +233,7 @@ class TrainingStage(Stage):
         default=None, ge=1, description="sequences per forward pass, a divisor of batch; batch if null"
     )
     seq_len: Length | None = Field(default=None, description="window in tokens; data.seq_len if null")
-    lr: float = Field(gt=0, le=1, description="highest learning rate")
+    lr: float = Field(default=1e-3, gt=0, le=1, description="highest learning rate")
     lr_final: float | None = Field(
         default=None, ge=0, le=1, description="learning rate at the end; a hundredth of lr if null"
     )
@@ -242,7 +242,7 @@ class TrainingStage(Stage):
     )
     warmup: int = Field(default=50, ge=0, description="optimizer steps from a hundredth of lr to lr")
     betas: Betas = Field(default=(0.9, 0.95), description="AdamW's decay of the moments")
-    weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's decoupled weight decay, on matrices")
+    weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's decoupled weight decay")
     clip: float | None = Field(default=1.0, gt=0, description="largest gradient norm; null never clips")
     seed: Seed | None = Field(default=None, description="of this stage; the recipe's seed if null")
 
@@ -257,7 +257,6 @@ class AlignStage(TrainingStage):
 
     kind = "align"
     title = "trains the mixers, each layer for itself"
-    lr: float = Field(default=1e-3, gt=0, le=1, description="highest learning rate")
     schedule: Literal["cosine", "quarter_cosine", "linear", "constant", "wsd"] = Field(
         default="cosine", description="way from lr to lr_final; constant never leaves lr, wsd falls in the last fifth"
     )

@@ -1,0 +1,271 @@
+"""The plan: layers, tensors, parameters, memory, FLOPs and cache bytes from config.json alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relinear.distill.errors import UserError
+from relinear.recipes import costs, loader, teacher_config
+from relinear.recipes import plan as planner
+
+QWEN_7B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+    "tie_word_embeddings": False,
+}
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 512,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path):
+    """folder(config) -> a folder with that config.json and nothing else."""
+
+    def make(config: Any, name: str = "teacher") -> str:
+        path = tmp_path / name
+        path.mkdir(exist_ok=True)
+        (path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+        return str(path)
+
+    return make
+
+
+def made(teacher: str, *changes: str, recipe: str = "rwkv7", **kwargs: Any) -> planner.Plan:
+    return planner.plan(loader.load(recipe, [f"teacher.model={teacher}", "data.source=stories", *changes]), **kwargs)
+
+
+def test_the_published_recipe(folder):
+    recipe = loader.load("qwen2.5-7b-rwkv7", [f"teacher.model={folder(QWEN_7B)}"])
+    plan = planner.plan(recipe, gpu="MI300X", mfu=0.15)
+    assert plan.counts.teacher == 7_615_616_512  # as the model's card says: 7.62B
+    assert plan.layers.drawing == "L" * 28
+    align, glue, extend = plan.stages[1:]
+    assert (align.steps, glue.steps) == (6104, 10173)  # the released configurations' own counts (radlads.md 1.5)
+    assert (align.settings["seq_len"], glue.settings["seq_len"], extend.settings["seq_len"]) == (512, 512, 16384)
+    assert align.settings["schedule"] == "quarter_cosine" and align.settings["lr_final"] == 1e-5
+    assert glue.settings["loss"] == {"kl": 1.0, "reverse_kl": 0.0, "ce": 0.0}
+    assert align.trained == plan.counts.all_mixers and glue.trained == plan.counts.student
+    assert extend.memory["teacher"] == 0 and glue.memory["teacher"] == 2 * plan.counts.teacher
+    for stage, published in ((glue, 44), (extend, 8)):  # GPU-hours on MI300X, Table 3
+        assert published / 2 < stage.gpu_hours < published * 2, stage.name
+    assert [(tables.layers[0], tables.layers[-1]) for tables in plan.tensors] == [(0, 0), (1, 27)]
+    names = {row.name: row.source for row in plan.tensors[0].rows}
+    assert names["q_proj.bias"] == "copied" and "v0" not in names
+    for tokens, teacher, student in plan.cache:
+        assert teacher == 28 * 2 * 4 * 128 * tokens * 2
+        assert student == 28 * 4 * 28 * 128 * 128
+    assert any("glue needs about" in note for note in planner.plan(recipe).notes)
+
+
+def test_hybrid_cache_and_sliding_windows(folder):
+    full = made(folder(TINY), "layers.keep=1,3")
+    state = 4 * 8 * 8 * 8
+    for tokens, teacher, student in full.cache:
+        assert teacher == 5 * 2 * 32 * tokens * 4
+        assert student == 2 * 2 * 32 * tokens * 4 + 3 * state
+    window = TINY | {"model_type": "mistral", "sliding_window": 128}
+    for _, teacher, student in made(folder(window), "layers.keep=1,3").cache:
+        assert teacher == 5 * 2 * 32 * 128 * 4
+        assert student == 2 * 2 * 32 * 128 * 4 + 3 * state
+    some = QWEN_7B | {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 20}
+    tokens, teacher, _ = made(folder(some), "engine.precision=bf16").cache[1]
+    assert (tokens, teacher) == (32768, 2 * 512 * 2 * (20 * 32768 + 8 * 4096))
+
+
+@pytest.mark.parametrize("mixer", ["rwkv7", "gated_deltanet"])
+def test_counts_are_those_of_the_real_model(any_teacher: Path, mixer: str):
+    from transformers import AutoModelForCausalLM
+
+    plan = made(str(any_teacher), f"layers.mixer={mixer}", "layers.keep=1")
+    model = AutoModelForCausalLM.from_pretrained(any_teacher)
+    assert plan.counts.teacher == sum(p.numel() for p in model.parameters())
+    attention = sum(p.numel() for p in model.model.layers[0].self_attn.parameters())
+    assert plan.counts.attention == attention
+    norms = sum(
+        p.numel() for n, p in model.named_parameters() if "norm" in n.rsplit(".", 2)[-2] and "self_attn" not in n
+    )
+    assert plan.counts.norms == norms
+    ffn = sum(p.numel() for n, p in model.named_parameters() if ".mlp." in n)
+    rest = plan.counts.student - plan.counts.trained("glue", "no-ffn")
+    assert rest == ffn
+    tables = {layer: table for table in plan.tensors for layer in table.layers}
+    assert sorted(tables) == [0, 2, 3]
+    assert sum(table.parameters for table in tables.values()) == plan.counts.all_mixers
+
+
+def test_what_each_stage_trains(folder):
+    counts = made(folder(TINY), "layers.keep=1,3").counts
+    assert counts.trained("transfer", "") == 0
+    assert counts.trained("align", "") == counts.trained("glue", "mixers") == counts.all_mixers
+    assert counts.trained("glue", "mixers+norms") == counts.all_mixers + 11 * 64
+    assert counts.trained("extend", "all") == counts.student
+
+
+def test_windows():
+    assert planner.window("auto", 2048) == (512, "auto is 512")
+    assert planner.window("auto", 256) == (256, "auto is 256, the teacher's context; 512 where that allows it")
+    assert planner.window(1024, 256) == (256, "1024 is cut to 256, the teacher's context")
+    assert planner.window(128, 256) == (128, "")
+
+
+def test_sequence_length_follows_the_teachers_context_and_says_so(folder):
+    plan = made(folder(TINY))
+    assert {stage.settings["seq_len"] for stage in plan.stages[1:]} == {256}
+    assert "data.seq_len: auto is 256, the teacher's context; 512 where that allows it" in plan.notes
+    plan = made(folder(TINY), "stages.glue.seq_len=4096")
+    assert plan.stage("glue").settings["seq_len"] == 256
+    assert "stages.glue.seq_len: 4096 is cut to 256, the teacher's context" in plan.notes
+
+
+def test_settings_are_complete(folder):
+    recipe = loader.load("rwkv7", [f"teacher.model={folder(TINY)}", "data.source=x", "seed=5", "stages.glue.seed=7"])
+    align = planner.stage_settings(recipe, recipe.stage("align"), 256)
+    glue = planner.stage_settings(recipe, recipe.stage("glue"), 256)
+    assert (align["seed"], glue["seed"], align["loss"]) == (5, 7, "l2")
+    assert align["eval_every"] == align["save_every"] == recipe.stage("align").tokens // 10
+    assert glue["train"] == "all" and "train" not in align
+
+
+def test_settings_are_those_of_the_training_loop(folder):
+    from relinear.distill.stage import StageSettings
+
+    recipe = loader.load("rwkv7", [f"teacher.model={folder(TINY)}", "data.source=x"])
+    for name in ("align", "glue"):
+        settings = planner.stage_settings(recipe, recipe.stage(name), 256)
+        assert StageSettings(**settings).tokens == 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        (["layers.convert=none"], "no layer is converted: the result is the teacher itself"),
+        (["mixers.gdn.conv=4"], "mixers.gated_deltanet: no layer uses it"),
+        (["stages.align.tokens=10k"], "align: warm-up takes 20 of 5 steps; lower stages.align.warmup"),
+        (["data.source=gone.txt"], "gone.txt is not there (yet): the run would stop at once"),
+        (["stages=[{transfer: {}}, {glue: {tokens: 1M}}]"], "glue without align before it"),
+    ],
+)
+def test_what_looks_odd_is_noted(folder, changes: list[str], note: str):
+    plan = made(folder(TINY), *changes)
+    assert any(note in one for one in plan.notes), plan.notes
+    assert not any(note in one for one in made(folder(TINY)).notes)
+
+
+def test_more_work_costs_more(folder):
+    plan = made(folder(TINY))
+    hybrid = made(folder(TINY), "layers.keep=0-3")
+    assert hybrid.stage("align").flops < plan.stage("align").flops
+    assert made(folder(TINY), "stages.glue.tokens=4M").stage("glue").flops == 2 * plan.stage("glue").flops
+    smaller = made(folder(TINY), "stages.glue.micro_batch=1").stage("glue")
+    assert smaller.memory["activations"] < plan.stage("glue").memory["activations"]
+    fast = made(folder(TINY), gpu="B200", mfu=0.3).stage("glue").gpu_hours
+    slow = made(folder(TINY), gpu="A100", mfu=0.3).stage("glue").gpu_hours
+    assert slow / fast == pytest.approx(costs.GPUS["B200"][0] / costs.GPUS["A100"][0])
+
+
+def test_as_text_and_as_json(folder):
+    plan = made(folder(TINY), "layers.keep=1,3")
+    text = planner.render(plan)
+    for word in ("LALAL", "A attention, L rwkv7", "q_proj.weight", "copied", "131,072", "estimates", "Notes"):
+        assert word in text
+    assert max(map(len, text.split("\n")[1:])) <= 110 and "\x1b" not in text
+    found = json.loads(json.dumps(plan.to_dict()))
+    assert found["layers"]["kept"] == [1, 3]
+    assert found["stages"][1]["total_memory"] == sum(found["stages"][1]["memory"].values())
+    assert found["cache"][0]["tokens"] == 4096
+    assert found["gpu"] == {"name": "H100", "peak_bf16_tflops": 989, "assumed_mfu": costs.MFU}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "not readable as JSON"),
+        ("[]", "expected a mapping, found list"),
+        (TINY | {"model_type": "gpt9"}, "model_type 'gpt9' is not a family that relinear knows"),
+        ({"model_type": "relinear"}, "this is a converted model, not a teacher"),
+        ({k: v for k, v in TINY.items() if k != "vocab_size"}, "vocab_size is None; expected a whole number above 0"),
+        (TINY | {"num_key_value_heads": 3}, "is not a multiple of num_kv_heads=3"),
+    ],
+)
+def test_wrong_teachers(folder, config: Any, message: str):
+    with pytest.raises(UserError) as error:
+        made(folder(config))
+    assert message in str(error.value) and "config.json" in str(error.value)
+
+
+def test_layers_beyond_the_teacher_name_the_line(folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(
+        f"extends: rwkv7\nteacher: {{model: {folder(TINY)}}}\ndata: {{source: x}}\nlayers:\n  keep: [7]\n"
+    )
+    with pytest.raises(UserError) as error:
+        planner.plan(loader.load("mine.yaml"))
+    assert str(error.value) == "mine.yaml:5: layers.keep: layer 7 does not exist: the teacher has 5 layers, 0 to 4"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", "./nowhere: no such folder"),
+        ("a/b/c", "a/b/c: no such folder"),
+        ("organisation/model", "not in the Hub's cache, and HF_HUB_OFFLINE forbids to ask"),
+        ("organisation/a b", "not a Hub id"),
+    ],
+)
+def test_teachers_that_are_not_there(name: str, message: str):
+    with pytest.raises(UserError) as error:
+        made(name)
+    assert message in str(error.value) and "teacher.model=" in str(error.value)
+
+
+def test_a_folder_without_config(tmp_path: Path):
+    with pytest.raises(UserError, match=r"config\.json: not found"):
+        made(str(tmp_path))
+
+
+def test_a_cached_hub_model_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from huggingface_hub import constants
+
+    snapshot = tmp_path / "models--organisation--model" / "snapshots" / "abc123"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps(TINY))
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc123")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert made("organisation/model").teacher.num_layers == 5
+    assert teacher_config.read_teacher_config("organisation/model", "abc123").context == 256
+    with pytest.raises(UserError, match="not in the Hub's cache"):
+        teacher_config.read_teacher_config("organisation/model", "another")
+
+
+def test_wrong_gpu_and_share(folder):
+    with pytest.raises(UserError, match=r"--gpu H99: not in the table. Known: A100"):
+        made(folder(TINY), gpu="H99")
+    with pytest.raises(UserError, match="--mfu 2"):
+        made(folder(TINY), mfu=2.0)
