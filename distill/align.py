@@ -37,7 +37,7 @@ def align_stage(teacher: Teacher, mixers: dict[int, Mixer], settings: StageSetti
     if not isinstance(settings.loss, str) or settings.loss not in ALIGN:
         raise ValueError(f"align has no loss {settings.loss!r}. Available: {', '.join(ALIGN)}")
     layers = sorted(mixers)
-    module = nn.ModuleDict({str(layer): mixers[layer] for layer in layers}).float().requires_grad_(True)
+    module = align_module(mixers).float().requires_grad_(True)
     groups = [
         Group(f"layer {layer}", {f"{layer}.{key}": p for key, p in mixers[layer].named_parameters()})
         for layer in layers
@@ -52,12 +52,23 @@ def align_stage(teacher: Teacher, mixers: dict[int, Mixer], settings: StageSetti
     )
 
 
+def align_module(mixers: dict[int, Mixer]) -> nn.ModuleDict:
+    """All mixers as one module: what the commits of an align stage hold."""
+    return nn.ModuleDict({str(layer): mixers[layer] for layer in sorted(mixers)})
+
+
 class _LastLayerDone(Exception):
     """Leaves the teacher's forward: nothing above the highest converted layer is needed."""
 
 
 def align_step(
-    teacher: Teacher, mixers: dict[int, Mixer], batch: Batch, total: int, loss: str, precision: str = "fp32"
+    teacher: Teacher,
+    mixers: dict[int, Mixer],
+    batch: Batch,
+    total: int,
+    loss: str,
+    precision: str = "fp32",
+    backward: bool = True,
 ) -> dict[str, Tensor]:
     """One teacher forward, with every mixer's forward and backward on the way.
 
@@ -68,6 +79,7 @@ def align_step(
         total: real tokens of the whole batch; each layer's loss is its sum over real tokens / `total`.
         loss: a key of `losses.ALIGN`.
         precision: `fp32` or `bf16`.
+        backward: False only measures.
 
     Returns:
         `layer N` for every mixer, and `loss`, their mean.
@@ -86,12 +98,13 @@ def align_step(
             rotary = kwargs.get("position_embeddings")
             if precision == "fp32":
                 given, rotary = given.float(), None if rotary is None else tuple(r.float() for r in rotary)
-            with torch.enable_grad():
+            with torch.set_grad_enabled(backward):
                 with autocast(device, precision):
                     made, _ = mixer(given, position_embeddings=rotary, mixer_inputs=inputs)
                 with no_autocast(device):
                     value = align_loss(loss, made, wanted, mask, total)
-                    value.backward()
+                    if backward:
+                        value.backward()
             losses[f"layer {layer}"] = value.detach()
             inputs.shared = {key: tensor.detach() for key, tensor in inputs.shared.items()}
             if layer == last:

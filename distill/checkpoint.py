@@ -230,7 +230,7 @@ def load_module(module: nn.Module, tensors: dict[str, Tensor], where: Path | str
         if names:
             raise UserError(
                 f"{where}: {len(names)} tensors {problem}, e.g. {names[0]}. This checkpoint belongs to another teacher "
-                "or recipe: resume with the recipe in its run folder, or start in a new folder: save.dir=FOLDER"
+                "or recipe: resume with the recipe in its run folder, or start in a new folder: --out DIR"
             )
     with torch.no_grad():
         for name, tensor in own.items():

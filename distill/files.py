@@ -171,7 +171,7 @@ class MetricsLog:
         if size < offset:
             raise UserError(
                 f"{self.path}: has {size} bytes, but the checkpoint was written when it had {offset}. Put the run's "
-                "own metrics.jsonl back, or start again in a new folder: save.dir=FOLDER"
+                "own metrics.jsonl back, or start again in a new folder: --out DIR"
             )
         self._file.truncate(offset)
         self._file.seek(offset)

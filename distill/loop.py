@@ -64,7 +64,7 @@ def run_stage(
     if found and not resume:
         raise UserError(
             f"{folder}: already holds stage {stage.name!r} up to step {found.step}. Continue it with --resume, or "
-            "choose another folder: save.dir=FOLDER"
+            "choose another folder: --out DIR"
         )
     if after is not None:
         store.require_complete(after)
@@ -148,14 +148,14 @@ class _Run:
             if key not in COSMETIC and now[key] != then.get(key):
                 raise UserError(
                     f"{path}: was made with {self.stage.name}.{key} = {then.get(key)}, now it is {now[key]}. Set it "
-                    "back to resume, or start in a new folder: save.dir=FOLDER"
+                    "back to resume, or start in a new folder: --out DIR"
                 )
         frozen = fingerprints(self.stage.frozen)
         changed = _different(state["fingerprints"]["frozen"], frozen)
         if changed:
             raise UserError(
                 f"{path}: was made with another teacher ({len(changed)} tensors differ, e.g. {changed[0]}). Resume "
-                "with the teacher that the run began with, or start in a new folder: save.dir=FOLDER"
+                "with the teacher that the run began with, or start in a new folder: --out DIR"
             )
 
     def train(self, deadline: float | None) -> StageResult:
