@@ -46,7 +46,7 @@ def measure(
     student: Any,
     teacher: Any | None,
     batches: Iterable[EvalBatch],
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     *,
     progress: Progress | None = None,
     total: int | None = None,
@@ -62,7 +62,7 @@ def measure(
         teacher: another one with the same vocabulary, the same object again, or None.
         batches: `Batch`es, or pairs (batch, documents): documents (B, T) int64 numbers each position's document over
             the whole text, so that the pieces of a long document count as one. Without it every segment is a document.
-        device: where the models are; batches are moved there.
+        device: where the models are, and batches are moved to; by default the student's.
         progress: called after every batch with (target tokens done, `total`).
         total: target tokens in all, only passed on to `progress`.
         chunk_elements: most elements of one logits tensor; by default about 16 MB on a CPU, 512 MB on a GPU.
@@ -79,7 +79,8 @@ def measure(
     """
     models = [student] if teacher is None else [student, teacher]
     training = [model.training for model in models]
-    limit = chunk_elements or _CHUNK_ELEMENTS.get(torch.device(device).type, 2**24)
+    device = next(student.parameters()).device if device is None else torch.device(device)
+    limit = chunk_elements or _CHUNK_ELEMENTS.get(device.type, 2**24)
     sums: dict[int, torch.Tensor] = {}
     done = segments = 0
     try:
