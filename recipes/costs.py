@@ -26,10 +26,11 @@ GPUS: dict[str, tuple[float, int]] = {
     "RTX4090": (165, 24),
 }
 CACHE_LENGTHS = (4096, 32768, 131072)
-# Floats kept for a backward pass, per token: by a mixer, per inner channel; by the rest of a layer, per hidden and per
-# feed-forward channel. Rough: counted from the tensors that plain torch saves.
-_MIXER_FLOATS, _HIDDEN_FLOATS, _FFN_FLOATS = 40, 8, 4
-_LOGIT_CHUNK = 512  # tokens whose full-vocabulary logits of both models are held at once
+# Floats kept for a backward pass, per token, counted from the tensors that plain torch saves at widths 128 to 512: by
+# rwkv7 38 to 40 per inner channel (gated_deltanet 25 to 27), by the rest of a layer 5 per hidden and 4 per feed-forward
+# channel. Attention's 8 are q, k, v, their rotated copies and the output.
+_MIXER_FLOATS, _ATTENTION_FLOATS, _HIDDEN_FLOATS, _FFN_FLOATS = 40, 8, 5, 4
+_LOGITS = 2**26  # logits of one model held at once, as `distill.losses.CHUNK_ELEMENTS` says of GPUs
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,13 @@ def memory(
     if kind == "align":  # one layer's graph at a time, beside one layer of the teacher
         student, activations = counts.all_mixers, mixer + rest
     else:
-        student, activations = counts.student, teacher.num_layers * (mixer + rest)
-        activations += 4 * min(tokens, _LOGIT_CHUNK) * config["vocab_size"] * (4 // size)
+        kept = counts.layers - len(counts.mixers)
+        student = counts.student
+        activations = (
+            len(counts.mixers) * mixer + kept * _ATTENTION_FLOATS * g.inner_size * tokens + counts.layers * rest
+        )
+        # Both models' logits, their probabilities: fp32 whatever the precision.
+        activations += 4 * min(tokens * config["vocab_size"], _LOGITS) * (4 // size)
     return {
         "teacher": BYTES[dtype] * counts.teacher if kind == "align" or needs_teacher else 0,
         "student": 4 * student,

@@ -344,7 +344,7 @@ def _unknown(path: Path) -> str:
     better = OTHER_WORDS.get(key.lower(), key)
     if better in known:
         return f"unknown key. Did you mean {better}?"
-    near = rules.nearest(key, known)
+    near = rules.nearest(key, [*known, "extends"] if len(path) == 1 else known)
     if near:
         return f"unknown key.{near}"
     for section, below in _sections(Recipe).items():

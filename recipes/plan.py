@@ -68,6 +68,11 @@ class StagePlan:
         """Bytes on one device."""
         return sum(self.memory.values())
 
+    @property
+    def sequences(self) -> int:
+        """Sequences of one forward pass."""
+        return self.settings["micro_batch"] or self.settings["batch"] if self.settings else 0
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -164,7 +169,7 @@ def plan(recipe: Recipe, gpu: str = "H100", mfu: float = costs.MFU) -> Plan:
             notes.append(
                 f"{stage.name} needs about {format_bytes(size)}, more than one {gpu} has ({costs.GPUS[gpu][1]} GB); "
                 + (f"one of these holds it: {', '.join(fits)}" if fits else "no GPU of the table holds it")
-                + f". A smaller stages.{stage.name}.micro_batch needs less"
+                + (f". A smaller stages.{stage.name}.micro_batch needs less" if stage.sequences > 1 else "")
             )
     tables = tensor_tables(teacher, layers)
     return Plan(teacher, layers, counts, tables, stages, cache, dtype, list(dict.fromkeys(notes)), gpu, mfu)
@@ -264,7 +269,7 @@ def _stage(
     loss = getattr(stage, "loss", None)
     needs_teacher = stage.kind == "align" or bool(loss and not isinstance(loss, str) and loss.kl + loss.reverse_kl > 0)
     trained = counts.trained(stage.kind, getattr(stage, "train", ""))
-    tokens = (stage.micro_batch or stage.batch) * length
+    tokens = (settings["micro_batch"] or settings["batch"]) * length
     memory = costs.memory(
         teacher, counts, stage.kind, trained, tokens, recipe.teacher.dtype, recipe.engine.precision, needs_teacher
     )

@@ -113,6 +113,7 @@ def test_five_mistakes_are_five_lines_with_their_places(write):
         ("{kl: 1.0}", "{kl: 0}", "stages.glue.loss: every weight is 0, so nothing would be learnt"),
         ("{kl: 1.0}", "kl", "mine.yaml:13: stages.glue.loss: expected a mapping, found 'kl'"),
         ("schema: 1", "schema: 1\nseq_len: 512", "mine.yaml:2: seq_len: unknown key. Did you mean data.seq_len?"),
+        ("schema: 1", "schema: 1\nextend: rwkv7", "mine.yaml:2: extend: unknown key. Did you mean extends?"),
         ("schema: 1", "schema: 1\nzzz: 1", "mine.yaml:2: zzz: unknown key. Known here: schema, teacher, layers"),
         ("schema: 1", "schema: 1\nengine: {parallel: ddp}", "engine.parallel: ddp is not available in this version"),
         ("schema: 1", "schema: 1\nengine: fast", "mine.yaml:2: engine: expected a mapping, found 'fast'"),
@@ -248,6 +249,7 @@ def test_overrides_address_a_stage_by_its_name(write):
         ("stages.glue.tokns=3", "stages.glue.tokns: unknown key. Did you mean tokens?"),
         ("a.b.c=3", "a: unknown key."),
         ("seed=-1", "seed: expected a number at least 0, found -1"),
+        ("stages.glue.loss={kl: high}", "stages.glue.loss.kl: expected a number, found 'high'"),
         ("layers.keep={every: 0}", "layers.keep: every: expected a whole number, at least 1, found 0"),
     ],
 )
@@ -279,6 +281,12 @@ def test_extends(write):
     assert recipe.place("stages.glue.tokens") == "mine.yaml:5: stages.glue.tokens"
     assert recipe.place("stages.glue.lr") == "base.yaml:12: stages.glue.lr"
     assert recipe.place("layers.mixer") == "base.yaml:4: layers.mixer"
+
+
+def test_extends_replaces_a_layer_choice_as_a_whole(write):
+    write(GOOD.replace("keep: [1, 3]", "keep: {every: 4, offset: 3}"), "base.yaml")
+    recipe = loader.load(write("extends: base.yaml\nlayers: {keep: {ratio: 0.5}}\n"))
+    assert recipe.layers.keep == {"ratio": 0.5}
 
 
 def test_extends_a_shipped_recipe(write):

@@ -79,7 +79,10 @@ def test_the_published_recipe(folder):
     for tokens, teacher, student in plan.cache:
         assert teacher == 28 * 2 * 4 * 128 * tokens * 2
         assert student == 28 * 4 * 28 * 128 * 128
-    assert any("glue needs about" in note for note in planner.plan(recipe).notes)
+    notes = {note.split(" needs")[0]: note for note in planner.plan(recipe).notes if " needs about" in note}
+    assert list(notes) == ["glue", "extend"]
+    assert notes["glue"].endswith("B200, MI300X. A smaller stages.glue.micro_batch needs less")
+    assert notes["extend"].endswith("no GPU of the table holds it")  # its micro batch is 1 already
 
 
 def test_hybrid_cache_and_sliding_windows(folder):
