@@ -79,8 +79,8 @@ def measure(
     """
     models = [student] if teacher is None else [student, teacher]
     training = [model.training for model in models]
-    device = next(student.parameters()).device if device is None else torch.device(device)
-    limit = chunk_elements or _CHUNK_ELEMENTS.get(device.type, 2**24)
+    place = next(student.parameters()).device if device is None else torch.device(device)
+    limit = chunk_elements or _CHUNK_ELEMENTS.get(place.type, 2**24)
     sums: dict[int, torch.Tensor] = {}
     done = segments = 0
     try:
@@ -91,7 +91,7 @@ def measure(
             batch, documents = item if isinstance(item, tuple) else (item, None)
             if documents is None:
                 documents, segments = _number_segments(batch, segments)
-            batch, documents = batch.to(device), documents.to(device)
+            batch, documents = batch.to(place), documents.to(place)
             if not sources:
                 sources = [ChosenLogits(model, batch) for model in models[: 1 if teacher is student else 2]]
             for part, numbers in parts(batch, documents, sources):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from relinear.eval.cache import Sequence, cache_bytes, held_bytes
 
 LAYERS, KV_HEADS, HEAD_DIM, FP32 = 4, 2, 8, 4  # of the tiny llama
