@@ -61,13 +61,13 @@ class LocalFeed:
         total = int(tokens.offsets[-1])
         self.tokens, self.seq_len, self.pack, self.seed = tokens, seq_len, pack, seed
         self.row = 0
-        self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._held: tuple[int, np.ndarray, np.ndarray] | None = None
+        # What is shuffled: documents, or the windows that they are split into.
+        self._starts, self._lengths = (tokens.offsets[:-1], tokens.lengths) if pack else _windows(tokens, seq_len)
         if pack and total < seq_len:
             raise _too_short(place, total, seq_len)
-        if not pack:
-            self._starts, self._lengths = _windows(tokens, seq_len)
-            if not len(self._starts):
-                raise _too_short(place, total, 2)
+        if not len(self._starts):
+            raise _too_short(place, total, 2)
         self.row_tokens: float | None = float(seq_len) if pack else float(self._lengths.mean())
 
     def take(self, count: int) -> Rows:
@@ -84,17 +84,13 @@ class LocalFeed:
         """Continue with that row."""
         self.row = int(state["row"])
 
-    def _order(self, epoch: int, items: int) -> np.ndarray:
-        return np.random.default_rng((*self.seed, epoch)).permutation(items)
-
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Documents in their order, and the (D + 1,) positions in the epoch at which they begin."""
-        if epoch not in self._orders:
-            order = self._order(epoch, len(self.tokens))
-            begins = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.tokens.lengths[order])])
-            # A row lies in two epochs at most.
-            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1} | {epoch: (order, begins)}
-        return self._orders[epoch]
+        """The n items of an epoch in their order, and the (n + 1,) positions in the epoch at which they begin."""
+        if self._held is None or self._held[0] != epoch:
+            order = np.random.default_rng((*self.seed, epoch)).permutation(len(self._starts))
+            begins = np.concatenate([np.zeros(1, np.int64), np.cumsum(self._lengths[order])])
+            self._held = epoch, order, begins
+        return self._held[1:]
 
     def _packed(self, count: int) -> Rows:
         total = int(self.tokens.offsets[-1])
@@ -106,7 +102,7 @@ class LocalFeed:
             order, begins = self._epoch(epoch)
             position = np.arange(begin, end)
             rank = np.searchsorted(begins, position, side="right") - 1
-            index.append(self.tokens.offsets[order[rank]] + position - begins[rank])
+            index.append(self._starts[order[rank]] + position - begins[rank])
             first.append(position == begins[rank])
             at += end - begin
         chosen = np.concatenate(index)
@@ -117,9 +113,7 @@ class LocalFeed:
         pieces = []
         for row in range(self.row, self.row + count):
             epoch, rank = divmod(row, windows)
-            if epoch not in self._orders:
-                self._orders = {epoch: (self._order(epoch, windows), self._starts)}
-            window = self._orders[epoch][0][rank]
+            window = self._epoch(epoch)[0][rank]
             piece = slice(self._starts[window], self._starts[window] + self._lengths[window])
             pieces.append((self.tokens.ids[piece], self.tokens.scored[piece]))
         return padded_rows(pieces)

@@ -85,9 +85,9 @@ def _reading(source: str, records: Any) -> Any:
 
     try:
         yield from records
-    except DatasetsError as error:
+    except (DatasetsError, ValueError) as error:  # Arrow's errors are ValueErrors
         raise UserError(
-            f"{source}: the dataset cannot be read ({_first_line(error)}); expected valid records"
+            f"{source}: the dataset cannot be read ({_first_line(error)}); expected valid records; correct or remove it"
         ) from None
     except (OSError, ConnectionError) as error:
         raise MachineError(

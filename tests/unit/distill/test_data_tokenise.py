@@ -87,7 +87,7 @@ def test_real_teachers_are_fed_as_their_tokenizer_would(shared: Path, teacher: s
 
 def test_batches_do_not_show(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = AutoTokenizer.from_pretrained(llama)
-    contents = [f"Tom {number}" for number in range(50)]
+    contents: list[Any] = [f"Tom {number}" for number in range(50)]
     contents[7:7] = [TALK, TALK]
     whole = tokenise(documents(*contents), tokenizer)
     monkeypatch.setattr("relinear.distill.data.tokenise._BATCH_DOCUMENTS", 7)
