@@ -98,7 +98,7 @@ class Progress:
         name, tokens, seconds = self.name, self._tokens - self._first, self.clock() - self._began
         self._close()
         work = f"{format_count(tokens)} tokens in " if tokens else ""
-        rate = f", {format_count(tokens / seconds)} tokens/s" if tokens and seconds > 0 else ""
+        rate = f", {_per_second(tokens / seconds)}" if tokens and seconds > 0 else ""
         self.console.print(f"{name} done: {work}{duration(seconds)}{rate}", markup=False, soft_wrap=True)
 
     def _close(self) -> None:
@@ -114,7 +114,7 @@ class Progress:
         elapsed = self.clock() - self._began
         rate = (self._tokens - self._first) / elapsed if elapsed > 0 else 0.0
         if rate:
-            parts.append(f"{format_count(rate)} tokens/s")
+            parts.append(_per_second(rate))
         parts += [f"{name} {value:.4g}" for name, value in metrics.items()]
         parts.append(format_bytes(memory()))
         if rate and self.total:
@@ -128,6 +128,10 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close()
+
+
+def _per_second(rate: float) -> str:
+    return f"{format_count(float(f'{rate:.3g}'))} tokens/s"
 
 
 def memory() -> int:

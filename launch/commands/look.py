@@ -15,7 +15,7 @@ from ...mixers import registry
 from ...mixers.specs.base import Geometry, MixerSpec
 from ...recipes.units import format_bytes
 from ..output import data, data_json, next_command, table, talk
-from .common import Json, Overrides, Recipe, command_line, examples
+from .common import Json, Overrides, Recipe, check_source, command_line, examples
 
 EXAMPLE = Geometry(hidden_size=2048, num_heads=16, num_kv_heads=4, head_dim=128)
 """The attention that a mixer's card is computed for."""
@@ -227,8 +227,7 @@ def check(recipe: Recipe, overrides: Overrides = None, json: Json = False) -> No
 
 
 def _check_sources(recipe: Any) -> None:
-    """Every local file that the recipe's text comes from exists; names of Hub datasets are not asked for."""
-    from ...distill.data.documents import local_files
+    """Every local file that the recipe's text comes from exists."""
     from ...recipes.schema import EMBEDDED
 
     sources = [("data.source", recipe.data.source), *(("data.mix", name) for name in recipe.data.mix or {})]
@@ -236,10 +235,7 @@ def _check_sources(recipe: Any) -> None:
         sources.append(("data.valid", recipe.data.valid))
     for key, source in sources:
         if source not in (None, EMBEDDED):
-            try:
-                local_files(source)
-            except UserError as error:
-                raise UserError(f"{recipe.place(key)}: {error}") from None
+            check_source(recipe.place(key), source)
 
 
 def plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,16 @@ import typer
 from ...distill.errors import RunFailed, UserError
 from ..output import data, data_json, next_command, table
 from ..progress import Progress
-from .common import Json, examples
+from .common import Json, check_source, examples
+
+
+class Dtype(StrEnum):
+    """In what weights are written."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
 
 Folder = Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint's folder or Hub id.")]
 Trust = Annotated[
@@ -39,7 +49,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         epilog=examples(
             "relinear export runs/mine",
-            "relinear export runs/mine --step last --out models/mine",
+            "relinear export runs/mine --step last --out models/mine --dtype bfloat16",
             then="relinear verify runs/mine/export",
         )
     )(export)
@@ -55,7 +65,7 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     folder: Folder,
     against: Annotated[str, typer.Option(metavar="TEACHER", help="Folder or Hub id of the model to compare with.")],
-    text: Annotated[Path, typer.Option(metavar="FILE", help="Held-out text, jsonl or parquet.")],
+    text: Annotated[str, typer.Option(metavar="FILE", help="Held-out text, jsonl or parquet.")],
     max_tokens: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Stop after N tokens.", show_default=False)
     ] = None,
@@ -71,6 +81,7 @@ def evaluate(
     Perplexity of both, KL divergence and top-1 agreement on held-out text, each with its standard error. Any Hugging
     Face causal language model will do.
     """
+    check_source("--text", text)
     from ...eval.fidelity import compare
 
     with Progress() as progress:
@@ -147,6 +158,10 @@ def export(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where to; RUN/export by default.", show_default=False)
     ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights; decays stay float32.")] = Dtype.FLOAT32,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an export that stands there already.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Write a saved step for plain transformers to load."""
@@ -154,7 +169,7 @@ def export(
         raise UserError(f"--step {step}: expected best, last or a step's number, e.g. --step last")
     from ...distill.export import export as work
 
-    folder = work(run, int(step) if step.isdigit() else step, out)
+    folder = work(run, int(step) if step.isdigit() else step, out, dtype=dtype, overwrite=overwrite)
     if json:
         data_json({"export": str(folder)})
     else:

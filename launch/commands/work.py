@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ..output import data, data_json, next_command, talk
+from ..output import data, data_json, next_command
 from ..progress import Progress
-from .common import Json, Overrides, Recipe, examples
+from .common import Json, Overrides, Recipe, command_line, examples
 
 
 def register(app: typer.Typer) -> None:
@@ -71,18 +71,18 @@ def run(
     from ...recipes.loader import load
     from ...recipes.runner import run as work
 
-    resolved = load(recipe, changes)
     with Progress() as progress:
-        result = work(resolved, resume=resume, max_hours=max_hours, progress=progress)
+        result = work(load(recipe, changes), resume=resume, max_hours=max_hours, progress=progress)
     _report(result, json)
+    if result["status"] == "stopped":
+        next_command(command_line("run", recipe, [*changes, "--resume"]))
 
 
 def _report(result: dict[str, Any], json: bool) -> None:
     """The result as data; what to type next as talk."""
     if json:
-        data_json(result)
+        data_json({name: value for name, value in result.items() if name != "table"})
     else:
         data(result["table"])
     if "export" in result:
-        talk(f"Checkpoint: {result['export']}")
         next_command(f"relinear generate {result['export']} --prompt 'Once upon a time'")
