@@ -38,11 +38,12 @@ class GatedDeltaNet(AttentionMixer):
         self.A_log = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.b_proj = nn.Linear(hidden, heads)
-        self.q_scale = nn.Parameter(torch.empty(heads))
         if options.gate:
             self.g_proj = nn.Linear(hidden, inner, bias=False)
         if options.out_norm == "rms":
             self.out_norm = HeadNorm(geometry.head_dim, geometry.norm_eps)
+        else:
+            self.q_scale = nn.Parameter(torch.empty(heads))
         if options.conv:
             channels = inner + 2 * self.k_proj.out_features
             self.conv = nn.Parameter(torch.empty(channels, options.conv))
@@ -83,7 +84,8 @@ class GatedDeltaNet(AttentionMixer):
             buffers = (buffer,)
         q, k, v = self.heads(q, k, v, rotary)
         q = unit(q) if options.unit_q else q * self.geometry.head_dim**-0.5
-        q = q * self.q_scale[:, None]
+        if options.out_norm == "none":
+            q = q * self.q_scale[:, None]
         k, v = self.repeat(unit(k)), self.repeat(v)
         rate = softplus(wide(self.a_proj(x)) + self.dt_bias)
         g = (-self.A_log.exp() * rate).clamp(min=LOG_DECAY_FLOOR)

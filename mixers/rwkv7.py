@@ -45,6 +45,8 @@ class RWKV7(AttentionMixer):
         if options.gate_init == "identity":
             self.g0 = nn.Parameter(torch.empty(inner))
         self.g1, self.g2 = _low_rank(hidden, rank["g"], inner)
+        if options.unit_keys:
+            self.r_scale = nn.Parameter(torch.empty(geometry.num_heads))
         if not options.balance_state:
             self.k_k = nn.Parameter(torch.empty(inner))
             self.k_a = nn.Parameter(torch.empty(inner))
@@ -56,7 +58,7 @@ class RWKV7(AttentionMixer):
         """See the base class; values of radlads.md §1.1 but for the gate, which starts at one."""
         value = torch.zeros(row.shape)
         identity = self.options.gate_init == "identity"
-        constants = {"v0": self.options.value_start, "g0": 1.0, "k_k": 0.85, "k_a": 1.0, "ln_x.weight": 1.0}
+        constants = {"v0": self.options.value_start, "g0": 1.0, "r_scale": 1.0, "k_k": 0.85, "k_a": 1.0, "ln_x.weight": 1.0}
         if row.name == "w0":
             ramp = torch.linspace(0, 1, row.shape[0]) ** (0.85 + self.position**0.5)
             return -6.5 + 5 * ramp
@@ -80,13 +82,15 @@ class RWKV7(AttentionMixer):
         k, v = self.repeat(k), self.residual(x, self.repeat(v), inputs)
         w = -LOG_DECAY_BOUND * (self.w0 + wide((x @ self.w1).tanh() @ self.w2)).sigmoid().unflatten(-1, split)
         a = wide(self.a0 + (x @ self.a1) @ self.a2).sigmoid().unflatten(-1, split)
+        if self.options.unit_keys:
+            r, k = unit(r) * self.r_scale[:, None], unit(k)
         if self.options.balance_state:
             kappa = unit(k)
             k = wide(k) * (a - torch.expm1(w))
         else:
             kappa = unit(k * self.k_k.view(split))
             k = wide(k) * (1 + (a - 1) * self.k_a.view(split))
-        if not self.options.group_norm:
+        if not (self.options.group_norm or self.options.unit_keys):
             r = r * self.geometry.head_dim**-0.5
         o, S = run(
             "rwkv7",

@@ -135,4 +135,5 @@ def scan(transition: torch.Tensor, written: torch.Tensor, first: torch.Tensor) -
         (N * B * H, dk, dv) states before each chunk, and the (B * H, dk, dv) state after the last.
     """
     states: torch.Tensor = _Scan.apply(transition, written, first)  # pyright: ignore[reportAssignmentType]
-    return states[:-1].flatten(0, 1), states[-1]
+    # A copy: a view would keep the states of all chunks alive in the cache.
+    return states[:-1].flatten(0, 1), states[-1].clone()

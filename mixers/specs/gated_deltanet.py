@@ -54,8 +54,9 @@ class GatedDeltaNetSpec(MixerSpec):
             TensorSpec("dt_bias", (heads,), "new", f"half-lives log-uniform over heads, {span}", fp32=True),
             TensorSpec("b_proj.weight", (heads, hidden), "new", "0: write strength does not depend on the token yet"),
             TensorSpec("b_proj.bias", (heads,), "new", f"logit of {options.beta:g}"),
-            TensorSpec("q_scale", (heads,), "new", "1", fp32=True),
         ]
+        if options.out_norm == "none":
+            rows.append(TensorSpec("q_scale", (heads,), "new", "1", fp32=True))
         if options.gate:
             rows.append(TensorSpec("g_proj.weight", (inner, hidden), "new", "0: gate is 1"))
         if options.out_norm == "rms":

@@ -24,6 +24,7 @@ class RWKV7Options(MixerOptions):
     rope: bool = option(True, "rotate receptances and keys as the attention did")
     expand_kv: bool = option(False, "give every query head keys and values of its own instead of sharing in groups")
     balance_state: bool = option(True, "write k (1 - w + a), as much as decay and removal take (the paper's mixer)")
+    unit_keys: bool = option(True, "receptance and write key of unit length, times a learnt scale (the paper: false)")
     group_norm: bool = option(False, "normalise each head's output (the released code; unstable from 14B upwards)")
     value_residual: bool = option(True, "mix in the values of the lowest converted layer")
     value_start: float = option(1.0, "v0 at the start: sigmoid(v0) of the value comes from there", low=-10.0, high=10.0)
@@ -88,6 +89,8 @@ class RWKV7Spec(MixerSpec):
             rows += low_rank("g", "orthogonal, 1", "0")
         else:
             rows += low_rank("g", "0", "orthogonal, 0.1")
+        if options.unit_keys:
+            rows.append(TensorSpec("r_scale", (geometry.num_heads,), "new", "1", fp32=True))
         if not options.balance_state:
             rows += [TensorSpec("k_k", (inner,), "new", "0.85"), TensorSpec("k_a", (inner,), "new", "1")]
         if options.group_norm:

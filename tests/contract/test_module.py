@@ -1,0 +1,69 @@
+"""The module as a torch module: gradients, save and load, refusal of what it cannot do."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from relinear.mixers import registry
+from relinear.mixers.base import MixerInputs
+
+
+def test_every_parameter_receives_a_gradient(name, options, small, make_stack, make_tokens):
+    stack = make_stack(name, options, small)
+    stack(make_tokens(2, 40, small.hidden_size).float()).square().sum().backward()
+    for key, parameter in stack.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+        assert parameter.grad.abs().max() > 0, f"{key} is not used"
+
+
+def test_parameters_can_leave_their_first_values(name, options, small, make_tokens):
+    """After one optimiser step from the initial values every parameter can move: no product of two zeros."""
+    parsed = registry.spec(name).options.parse(options)
+    mixers = [registry.module(name)(small, parsed, i, 2, i == 0) for i in range(2)]
+    torch.manual_seed(0)
+    x = make_tokens(2, 40, small.hidden_size).float()
+    rotary = (torch.ones(1, 40, small.head_dim), torch.zeros(1, 40, small.head_dim))
+    optimizer = torch.optim.Adam([p for m in mixers for p in m.parameters()], 1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        inputs = MixerInputs()
+        loss = sum(m(x, position_embeddings=rotary, mixer_inputs=inputs)[0].sub(x).square().sum() for m in mixers)
+        loss.backward()
+        optimizer.step()
+    for mixer in mixers:
+        for key, parameter in mixer.named_parameters():
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, key
+
+
+def test_save_and_load(name, options, small, make_stack, make_tokens, tmp_path):
+    stack, other = make_stack(name, options, small), make_stack(name, options, small, seed=1)
+    x = make_tokens(2, 30, small.hidden_size).float()
+    torch.save(stack.state_dict(), tmp_path / "weights.pt")
+    assert not torch.equal(stack(x), other(x))
+    other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    assert torch.equal(stack(x), other(x))
+    assert torch.equal(copy.deepcopy(stack)(x), stack(x))
+
+
+def test_calls_do_not_change_each_other(name, gqa, make_stack, make_cache, make_tokens):
+    """A cached call must not write into the state that it was given (beam search and branching reuse it)."""
+    stack = make_stack(name, {}, gqa)
+    x = make_tokens(2, 12, gqa.hidden_size).float()
+    with torch.no_grad():
+        cache = make_cache(2)
+        stack(x, cache=cache)
+        kept = [[part.clone() for part in layer.state] for layer in cache.layers]
+        held = [layer.state for layer in cache.layers]
+        for length in (1, 12):
+            stack(x[:, :length], cache=cache)
+    for before, now in zip(kept, held, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+
+
+def test_a_missing_rotary_embedding_is_an_error(name, gqa, make_stack, make_tokens):
+    mixer = make_stack(name, {}, gqa).mixers()[0]
+    with pytest.raises(ValueError, match="position_embeddings"):
+        mixer(make_tokens(1, 3, gqa.hidden_size).float())
