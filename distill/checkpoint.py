@@ -160,7 +160,7 @@ class Checkpoints:
         commits = self.all(stage)
         best = commits[-1].state.get("best") or {}
         partial = [c for c in commits if not c.complete]
-        spare = 0 if commits[-1].complete else self.keep
+        spare = 0 if commits[-1].complete else max(1, self.keep)
         for commit in partial[: max(0, len(partial) - spare)]:
             if commit.step != best.get("step"):
                 files.remove_directory(commit.path)

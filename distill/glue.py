@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ def glue_stage(teacher: Teacher, student: Any, settings: StageSettings, name: st
         frozen=frozen,
         joint_clip=True,
         report=lambda: {"changed": changed_tensors(teacher, student)},
+        blame=lambda batch: first_bad_layer(teacher, student, batch),
     )
 
 
@@ -102,6 +104,26 @@ def changed_tensors(teacher: Teacher, student: Any) -> list[str]:
         for name, tensor in teacher.model.state_dict().items()
         if name in own and not torch.equal(own[name].to(tensor.dtype), tensor)
     ]
+
+
+def first_bad_layer(teacher: Teacher, student: Any, batch: Batch) -> str | None:
+    """The first decoder layer whose output is not finite, as `teacher layer 2` or `layer 3`; None where all are."""
+    for owner, model in (("teacher ", teacher.model), ("", student)):
+        found: list[int] = []
+
+        def note(_: Any, __: Any, output: Any, layer: int, found: list[int] = found) -> None:
+            if not (output[0] if isinstance(output, tuple) else output).isfinite().all():
+                found.append(layer)
+
+        layers = model.get_submodule(teacher.family.layers)
+        handles = [block.register_forward_hook(partial(note, layer=i)) for i, block in enumerate(layers)]
+        with torch.no_grad():
+            model.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        if found:
+            return f"{owner}layer {found[0]}"
+    return None
 
 
 def _choose(teacher: Teacher, student: Any, settings: StageSettings) -> list[Group]:

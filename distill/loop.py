@@ -6,11 +6,12 @@ import dataclasses
 import hashlib
 import math
 import random
+import re
 import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -187,7 +188,7 @@ class _Run:
         rates = self._set_rates()
         counted = self.stage.count(batch)
         metrics = self._accumulate(batch, counted)
-        losses, norms = self._check(metrics)
+        losses, norms = self._check(metrics, batch)
         if counted:
             self._clip(norms)
             self.optimizer.step()
@@ -230,7 +231,7 @@ class _Run:
                 sums[name] = sums[name] + value if name in sums else value
         return sums
 
-    def _check(self, metrics: dict[str, Tensor]) -> tuple[dict[str, float], list[float]]:
+    def _check(self, metrics: dict[str, Tensor], batch: Batch) -> tuple[dict[str, float], list[float]]:
         """Losses and each group's gradient norm as numbers: the step's only wait for the device.
 
         Raises:
@@ -241,18 +242,22 @@ class _Run:
         values = torch.stack(
             [*(v.float() for v in metrics.values()), *(n.float().to(self.device) for n in norms)]
         ).tolist()
-        losses = dict(zip(metrics, values, strict=False))
+        if not all(map(math.isfinite, values)):
+            self._fail(dict(zip(metrics, values, strict=False)), batch)
+        return dict(zip(metrics, values, strict=False)), values[len(metrics) :]
+
+    def _fail(self, losses: dict[str, float], batch: Batch) -> NoReturn:
+        """Say where the step went wrong, before it reaches the weights."""
         bad = [name for name, value in losses.items() if not math.isfinite(value)]
-        # The sum is not finite when a part is not: name the part.
-        culprit = next((f"the loss ({name})" for name in bad if name != "loss"), "the loss" if bad else None)
-        for group, norm in zip(self.stage.groups, values[len(losses) :], strict=True):
-            if culprit is None and not math.isfinite(norm):
-                bad_names = [
-                    n for n, p in group.parameters.items() if p.grad is not None and not p.grad.isfinite().all()
-                ]
-                culprit = f"the gradient of {group.name} ({bad_names[0] if bad_names else 'its norm overflows'})"
-        if culprit is None:
-            return losses, values[len(losses) :]
+        if bad:
+            # The sum is not finite when a part is not: name the part.
+            part = self.stage.blame(batch) or next((name for name in bad if name != "loss"), None)
+            culprit = "the loss" + (f" ({part})" if part else "")
+        else:
+            wrong = [n for n, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
+            # Gradients flow downwards: the highest layer with a bad one is where it began.
+            name = max(wrong, key=lambda n: [int(number) for number in re.findall(r"\d+", n)], default=None)
+            culprit = f"the gradient of {name}" if name else "the norm of a gradient"
         self.optimizer.zero_grad(set_to_none=True)
         where = f"the last checkpoint is {self.committed.path}" if self.committed else "there is no checkpoint yet"
         raise RunFailed(

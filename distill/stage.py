@@ -95,6 +95,7 @@ class Stage:
         frozen: every tensor that must come out of the stage as it went in.
         joint_clip: clip all groups by their common norm instead of each by its own.
         report: what else the result should say, called at the end.
+        blame: where a batch's loss stopped being finite, in words; asked only after it did.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Stage:
     frozen: dict[str, Tensor] = field(default_factory=dict)
     joint_clip: bool = False
     report: Callable[[], dict[str, Any]] = dict
+    blame: Callable[[Batch], str | None] = lambda batch: None
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

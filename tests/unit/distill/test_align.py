@@ -225,6 +225,15 @@ def test_bf16_keeps_weights_and_losses_in_fp32(
     torch.testing.assert_close(rough["loss"], exact["loss"], rtol=0.05, atol=0.01)
 
 
+def test_measuring_alone_leaves_no_gradient(
+    teacher: Teacher, mixers_of: Callable[..., dict[int, Mixer]], batch_of: Callable[..., Batch]
+) -> None:
+    batch, mixers = batch_of(1), mixers_of(teacher)
+    measured = align_step(teacher, mixers, batch, batch.tokens, "l2", backward=False)
+    assert all(p.grad is None for mixer in mixers.values() for p in mixer.parameters())
+    assert measured == align_step(teacher, mixers, batch, batch.tokens, "l2")
+
+
 def test_wrong_settings(teacher: Teacher, mixers_of: Callable[..., dict[int, Mixer]]) -> None:
     with pytest.raises(ValueError, match="at least one converted layer"):
         align_stage(teacher, {}, SETTINGS)

@@ -158,6 +158,27 @@ def test_a_batch_without_targets_changes_nothing(
     assert seen == [before]
 
 
+def test_a_loss_that_is_not_finite_names_the_layer_and_the_step(
+    teacher: Teacher, student_of: Callable[..., Any], source_of: Any, tmp_path: Path
+) -> None:
+    student = student_of(teacher, [1, 2])
+    stage = glue_stage(teacher, student, SETTINGS)
+    plain, calls = stage.step, []
+
+    def step(batch: Batch, total: int) -> dict[str, torch.Tensor]:
+        calls.append(batch)
+        if len(calls) == 2:
+            student.model.layers[2].mlp.up_proj.weight.data[0, 0] = float("inf")
+        return plain(batch, total)
+
+    stage.step = step
+    with pytest.raises(RunFailed, match=r"glue: step 2: the loss \(layer 2\) is not finite"):
+        run_stage(stage, source_of(), SETTINGS, folder=tmp_path)
+    teacher.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    assert stage.blame(calls[0]) == "teacher layer 1"
+    assert not any(layer._forward_hooks for layer in (*teacher.layers, *student.model.layers))
+
+
 def test_micro_batches_with_unequal_targets_equal_the_whole(
     teacher: Teacher, student_of: Callable[..., Any], source_of: Any, tmp_path: Path
 ) -> None:
