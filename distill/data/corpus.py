@@ -74,9 +74,8 @@ class Corpus:
                     )
                 )
         identity = {
-            "sources": [part.source for part in self.parts],
+            "data": [_fingerprint(part, shuffle_buffer) for part in self.parts],
             "weights": [part.weight for part in self.parts],
-            "tokens": [_fingerprint(part.tokens) for part in self.parts],
             "seq_len": seq_len,
             "batch": batch,
             "seed": seed,
@@ -258,9 +257,10 @@ def _held_out(part: Part, tokenizer: Any, documents: int, tokens: int) -> Tokens
     return valid
 
 
-def _fingerprint(tokens: Tokens | None) -> str:
-    """Tells corpora apart; streams are told apart by their names alone."""
+def _fingerprint(part: Part, shuffle_buffer: int) -> str:
+    """Tells corpora apart: by their tokens, wherever the files are; streams by name and settings."""
+    tokens = part.tokens
     if tokens is None:
-        return "stream"
+        return f"stream of {part.source}, buffer {shuffle_buffer}, held out {part.held_out}"
     check = zlib.crc32(tokens.offsets.tobytes(), zlib.crc32(tokens.ids.tobytes()))
     return f"{len(tokens)} documents, {len(tokens.ids)} tokens, {check:08x}"

@@ -136,14 +136,14 @@ def record_document(record: Any, fields: Fields, place: str) -> Document | None:
     if not isinstance(record, dict):
         raise UserError(f"{place}: expected an object with fields, found {type(record).__name__}; wrap it as an object")
     if fields.messages and (fields.messages in record or not fields.text):
-        messages = _field(record, fields.messages, "messages", place)
+        messages = _field(record, "messages", place, fields.messages)
         if not isinstance(messages, list):
             raise UserError(
                 f"{place}: field {fields.messages!r} is {type(messages).__name__}, expected a list of "
                 "{role, content}; set data.messages to another field"
             )
         return Document(messages, place) if messages else None
-    text = _field(record, fields.text or "", "text", place)
+    text = _field(record, "text", place, fields.text or "", fields.messages)
     if not isinstance(text, str):
         hint = "data.messages" if isinstance(text, list) else "data.text"
         raise UserError(
@@ -152,11 +152,12 @@ def record_document(record: Any, fields: Fields, place: str) -> Document | None:
     return Document(text, place) if text.strip() else None
 
 
-def _field(record: dict[str, Any], name: str, setting: str, place: str) -> Any:
+def _field(record: dict[str, Any], setting: str, place: str, name: str, other: str | None = None) -> Any:
     if name in record:
         return record[name]
+    missing = f"{name!r}" if other is None else f"{other!r} or {name!r}"
     found = ", ".join(sorted(map(str, record))) or "none"
-    raise UserError(f"{place}: no field {name!r}; found fields: {found}; set data.{setting} to one of them")
+    raise UserError(f"{place}: no field {missing}; found fields: {found}; set data.{setting} to one of them")
 
 
 def _text_documents(path: Path, separator: str) -> Iterator[Document]:

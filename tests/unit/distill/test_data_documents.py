@@ -156,6 +156,7 @@ def test_binary_files(tmp_path: Path) -> None:
         ('{"text": [{"role": "user"}]}', {}, "set data.messages"),
         ('{"m": "hi"}', {"text": None, "messages": "m"}, ":2: field 'm' is str, expected a list"),
         ('{"text": "a"}', {"text": None, "messages": "m"}, ":2: no field 'm'; found fields: text; set data.messages"),
+        ('{"body": "a"}', {"messages": "m"}, ":2: no field 'm' or 'text'; found fields: body; set data.text"),
     ],
 )
 def test_bad_records_name_file_and_line(tmp_path: Path, second: str, fields: dict[str, Any], expected: str) -> None:
