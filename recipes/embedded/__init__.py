@@ -1,1 +1,1 @@
-"""The embedded default: a small pretrained teacher, its text and the script that trained it."""
+"""The embedded default: a small pretrained teacher, the generator of its text and the script that trained it."""
