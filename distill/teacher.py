@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -162,7 +165,7 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"{folder}: no usable tokenizer ({reason}). Copy tokenizer.json from the original") from None
@@ -172,6 +175,19 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Any:
             "They do not belong together: copy the tokenizer files of this model's original"
         )
     return tokenizer
+
+
+@contextmanager
+def _hushed(name: str, when: bool) -> Iterator[None]:
+    """Without the warnings of one of transformers' loggers: here, that it does not know our model type."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    if when:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _locate(name: str, revision: str | None) -> tuple[Path, str | None]:
@@ -236,9 +252,9 @@ def _load(folder: Path, dtype: str, device: str, cls: Any = None, **kwargs: Any)
     """from_pretrained, strict: nothing missing, nothing left over."""
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()  # relinear shows its own progress
+    disable_progress_bar()  # relinear shows its own progress
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     loader = cls or AutoModelForCausalLM

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -12,6 +13,11 @@ from typing import Any
 def data(text: str) -> None:
     """Write a command's result to stdout."""
     sys.stdout.write(text if text.endswith("\n") else text + "\n")
+
+
+def only_talk() -> contextlib.AbstractContextManager[Any]:
+    """While libraries work: what they print goes to stderr, so that stdout holds the command's data alone."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def data_json(value: Any) -> None:

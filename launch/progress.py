@@ -12,7 +12,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from ..recipes.units import format_bytes, format_count
-from .output import duration
+from .output import duration, only_talk
 
 EVERY = 10.0
 """Seconds between two plain lines."""
@@ -23,7 +23,7 @@ class Progress:
 
     The calls, in order, for each stage: `stage(name, total)`, `update(tokens, loss=…)` any number of times, `done()`;
     `note(text)` at any moment. Everything is written to stderr, so that stdout stays data. Used as a context manager it
-    leaves the terminal in order, whatever happens inside.
+    leaves the terminal in order, whatever happens inside, and sends what libraries print to stderr as well.
 
     Args:
         console: where to write; stderr by default.
@@ -42,6 +42,7 @@ class Progress:
         self._tokens = self._first = 0
         self._began = self._spoke = clock()
         self._bar: Bar | None = None
+        self._only_talk = only_talk()
 
     def stage(self, name: str, total_tokens: int | None = None, done_tokens: int = 0) -> None:
         """Begin a stage.
@@ -122,12 +123,14 @@ class Progress:
         return "  ".join(parts)
 
     def __enter__(self) -> Progress:
+        self._only_talk.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close()
+        self._only_talk.__exit__(kind, error, trace)
 
 
 def _per_second(rate: float) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ...distill.errors import RunFailed, UserError
-from ..output import data, data_json, next_command, table
+from ..output import data, data_json, next_command, only_talk, table
 from ..progress import Progress
 from .common import Json, check_source, examples
 
@@ -134,7 +134,8 @@ def generate(
 
     from ...distill.teacher import load_model
 
-    model, tokenizer = load_model(folder, trust_remote_code=trust_remote_code)
+    with only_talk():
+        model, tokenizer = load_model(folder, trust_remote_code=trust_remote_code)
     ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if ids["input_ids"].shape[1] == 0:
         raise UserError("--prompt: the text has no tokens. Give at least one character: --prompt 'Once upon a time'")
@@ -169,7 +170,8 @@ def export(
         raise UserError(f"--step {step}: expected best, last or a step's number, e.g. --step last")
     from ...distill.export import export as work
 
-    folder = work(run, int(step) if step.isdigit() else step, out, dtype=dtype, overwrite=overwrite)
+    with only_talk():
+        folder = work(run, int(step) if step.isdigit() else step, out, dtype=dtype, overwrite=overwrite)
     if json:
         data_json({"export": str(folder)})
     else:
@@ -188,7 +190,8 @@ def verify(
     """
     from ...distill.verify import verify as work
 
-    result = work(folder)
+    with only_talk():
+        result = work(folder)
     checks: dict[str, dict[str, Any]] = result["checks"]
     if json:
         data_json(result)

@@ -1,0 +1,158 @@
+"""The commands on real parts: a tiny teacher is planned, converted, measured, exported, verified and used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from relinear.launch.main import main
+
+SMALL = ["stages.align.tokens=8k", "stages.glue.tokens=8k", "data.seq_len=64", "eval.tokens=1k"]
+
+
+@pytest.fixture(scope="module")
+def llama2(make_teacher) -> Path:
+    """A teacher of two layers."""
+    return make_teacher("llama", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def finished(llama2, story_file, tmp_path_factory) -> Path:
+    """A run folder that `relinear run` left."""
+    folder = tmp_path_factory.mktemp("runs") / "mine"
+    assert main(["run", "gated_deltanet", *given(llama2, story_file), *SMALL, "--out", str(folder)]) == 0
+    return folder
+
+
+def given(teacher: Path, text: Path) -> list[str]:
+    return [f"teacher.model={teacher}", f"data.source={text}"]
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    assert (finished / "export" / "config.json").exists()
+    for name in ("result.json", "metrics.jsonl", "recipe.yaml"):
+        assert (finished / name).stat().st_size > 0
+    result = json.loads((finished / "result.json").read_text())
+    assert result["status"] == "complete" and result["fidelity"]["kl"] >= 0
+    assert all(json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines())
+
+
+def test_the_resolved_recipe_is_a_recipe(finished, capsys):
+    assert main(["check", str(finished / "recipe.yaml")]) == 0
+    capsys.readouterr()
+    assert main(["show", str(finished / "recipe.yaml"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["data"]["seq_len"] == 64
+
+
+def test_run_again_is_refused_and_harms_nothing(finished, llama2, story_file, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    arguments = ["run", "rwkv7", *given(llama2, story_file), *SMALL, "--out", str(finished)]
+    for extra in ([], ["--resume"]):
+        assert main([*arguments, *extra]) == 2
+        assert str(finished) in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+def test_dry_run_writes_nothing(llama2, story_file, tmp_path, capsys):
+    arguments = ["run", "rwkv7", *given(llama2, story_file), "--out", str(tmp_path / "run"), "--dry-run", "--json"]
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["teacher"]["layers"] == 2
+    assert "relinear run rwkv7" in err and f"save.dir={tmp_path / 'run'}" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_max_hours_stops_and_resume_finishes(llama2, story_file, tmp_path, capsys):
+    arguments = ["run", "rwkv7", *given(llama2, story_file), *SMALL, "--out", str(tmp_path / "run")]
+    assert main([*arguments, "--max-hours", "1e-6", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["status"] == "stopped"
+    assert err.rstrip().splitlines()[-1].endswith("--resume")
+    assert main([*arguments, "--resume", "--json"]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out)["status"] == "complete" and "table" not in json.loads(out)
+
+
+def test_eval_prints_every_figure_with_its_error(finished, llama2, story_file, capsys):
+    arguments = ["eval", str(finished / "export"), "--against", str(llama2), "--text", str(story_file)]
+    assert main([*arguments, "--max-tokens", "2000", "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert {"student", "teacher", "perplexity_ratio", "kl", "top1_agreement", "tokens"} <= set(found)
+    for side in ("student", "teacher"):
+        assert found[side]["perplexity"] > 1 and found[side]["perplexity_stderr"] > 0
+    for figure in ("perplexity_ratio", "kl", "top1_agreement"):
+        assert found[f"{figure}_stderr"] >= 0
+    assert found["perplexity_ratio"] == pytest.approx(found["student"]["perplexity"] / found["teacher"]["perplexity"])
+    assert 0 < found["tokens"] <= 2000 and "eval done" in err
+    assert main([*arguments, "--max-tokens", "2000"]) == 0
+    assert "perplexity_ratio" in capsys.readouterr().out
+
+
+def test_generate_is_greedy_or_seeded(finished, capsys):
+    def text(*more: str) -> str:
+        assert main(["generate", str(finished / "export"), "--prompt", "Tom had", "--max-new-tokens", "12", *more]) == 0
+        return capsys.readouterr().out
+
+    assert text() == text() and text().startswith("Tom had")
+    hot = ["--temperature", "2.0", "--seed"]
+    assert text(*hot, "1") == text(*hot, "1") != text(*hot, "2")
+    assert json.loads(text("--json"))["new_tokens"] <= 12
+
+
+def test_export_of_another_step_and_verify(finished, tmp_path, capsys):
+    out = tmp_path / "again"
+    assert main(["export", str(finished), "--step", "last", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    assert main(["export", str(finished), "--out", str(out)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main(["export", str(finished), "--step", "7654321", "--out", str(tmp_path / "no")]) == 2
+    assert main(["verify", str(out), "--json"]) == 0
+    captured = capsys.readouterr()
+    checks = json.loads(captured.out)["checks"]
+    assert checks and all(check["ok"] for check in checks.values())
+
+
+def test_a_damaged_export_does_not_verify(finished, tmp_path, capsys):
+    """A checkpoint whose weights were cut off ends in an error, not in a success or a traceback."""
+    import shutil
+
+    folder = tmp_path / "damaged"
+    shutil.copytree(finished / "export", folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert main(["verify", str(folder)]) in (1, 2)
+    err = capsys.readouterr().err
+    assert err.startswith("error:") and "unexpected" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["eval", "EXPORT", "--against", "TEACHER", "--text", "nofile.txt"], "nofile.txt"),
+        (["eval", "EXPORT", "--against", "nowhere", "--text", "TEXT"], "nowhere"),
+        (["generate", "nowhere", "--prompt", "a"], "nowhere"),
+        (["generate", "QWEN", "--prompt", ""], "--prompt"),
+        (["export", "nowhere"], "nowhere"),
+        (["verify", "nowhere"], "nowhere"),
+        (["verify", "TEACHER"], "not relinear"),
+        (["run", "rwkv7", "teacher.model=EXPORT", "data.source=TEXT"], "EXPORT"),
+        (["check", "rwkv7", "teacher.model=TEACHER", "data.source=nofile.txt"], "data.source"),
+        (["plan", "rwkv7", "teacher.model=TEACHER", "data.source=TEXT", "--gpu", "B52"], "--gpu B52"),
+        (["plan", "rwkv7", "teacher.model=TEACHER", "data.source=TEXT", "layers.keep=7"], "7"),
+    ],
+)
+def test_wrong_input_of_commands(finished, llama2, qwen2, story_file, tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    places = {"EXPORT": str(finished / "export"), "TEACHER": str(llama2), "QWEN": str(qwen2), "TEXT": str(story_file)}
+    for word, place in places.items():
+        arguments = [argument.replace(word, place) for argument in arguments]
+        words = words.replace(word, place)
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and words in errors[0], err
+    assert list(tmp_path.iterdir()) == []
