@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from . import families
+from . import checkpoint, families, run_folder
 from .errors import UserError
 from .files import commit_directory
 from .flatten import auto_map, modelling_files
-from .teacher import load_tokenizer
+from .teacher import Teacher, load_teacher, load_tokenizer
 
 # Copied byte for byte from the teacher's folder where they exist.
 _TOKENIZER_FILES = (
@@ -26,6 +26,82 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _SAMPLES = ("Once upon a time, there was 1 cat & 23 dogs.", " leading space", "line\nbreak\ttab", "naïve café, 日本語")
+
+
+def export(
+    run: str | Path,
+    step: str | int = "best",
+    out: str | Path | None = None,
+    *,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    teacher: Teacher | None = None,
+    student: Any = None,
+) -> Path:
+    """Export a saved step of a run.
+
+    Args:
+        run: the run folder.
+        step: `best` or `last` of its newest stage, or a step's number.
+        out: folder to make; RUN/export by default.
+        dtype: of the weights written.
+        overwrite: replace an export that stands there already.
+        teacher: of the run, where it is loaded already.
+        student: the model to write as it is, where it is at hand already; `step` is then not read.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: no such run or step, or `out` exists.
+    """
+    run = Path(run)
+    record = run_folder.read(run)
+    out = run / "export" if out is None else Path(out)
+    if out.exists() and not overwrite:
+        raise UserError(f"{out}: already exists. Give another folder with --out, or add --overwrite to replace it")
+    teacher = teacher or _teacher(record)
+    student = student if student is not None else _load_step(run, record, step, teacher)
+    extra: dict[str, str | Path] = {
+        name: run / name for name in ("recipe.yaml", "metrics.jsonl", "loss.png") if (run / name).exists()
+    }
+    return export_student(student, teacher.folder, out, dtype=dtype, extra=extra, overwrite=overwrite)
+
+
+def _teacher(record: dict[str, Any]) -> Teacher:
+    """The teacher of a run, from where the run found it."""
+    known, dtype = record["teacher"], record["recipe"]["teacher"]["dtype"]
+    if known["revision"] is not None:
+        return load_teacher(known["source"], known["revision"], dtype)
+    return load_teacher(known["folder"], None, dtype)
+
+
+def _load_step(run: Path, record: dict[str, Any], step: str | int, teacher: Teacher) -> Any:
+    """The student as a commit holds it."""
+    from .align import align_module
+    from .student import assemble, transfer
+
+    store = checkpoint.Checkpoints(run / "checkpoints")
+    newest = store.newest()
+    if newest is None:
+        raise UserError(f"{run}: holds no saved step yet. Go on with the run: relinear run RECIPE --resume")
+    wanted = newest.step if step == "last" else step
+    if step == "best":
+        wanted = (newest.state.get("best") or {"step": newest.step})["step"]
+    commits = {commit.step: commit for commit in store.all(newest.stage)}
+    if wanted not in commits:
+        known = ", ".join(map(str, sorted(commits)))
+        raise UserError(f"{run}: stage {newest.stage} has no saved step {wanted}. Saved: {known}")
+    plan = {int(layer): (name, options) for layer, (name, options) in record["layers"].items()}
+    mixers, _ = transfer(teacher, plan)
+    kinds = dict(record["stages"])
+    if kinds[newest.stage] == "align":
+        module = align_module(mixers)
+        checkpoint.load_module(module, commits[wanted].weights(), commits[wanted].path)
+        return assemble(teacher, mixers)
+    student = assemble(teacher, mixers)
+    checkpoint.load_module(student, commits[wanted].weights(), commits[wanted].path)
+    return student
 
 
 def export_student(

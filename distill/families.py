@@ -74,9 +74,7 @@ FAMILIES: dict[str, Family] = {
         Family("llama", "Llama", qkv_bias="attention_bias", o_bias="attention_bias"),
         Family("mistral", "Mistral"),
         Family("qwen2", "Qwen2", qkv_bias=True, masks_by_type=True),
-        Family(
-            "qwen3", "Qwen3", qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, masks_by_type=True
-        ),
+        Family("qwen3", "Qwen3", qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, masks_by_type=True),
     )
 }
 

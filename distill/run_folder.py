@@ -1,0 +1,102 @@
+"""What a run folder says of itself: `run.json`, written once, before any work. Torch-free.
+
+FOLDER/run.json            which run this is: recipe, teacher, layers, versions
+FOLDER/recipe.yaml         the resolved recipe
+FOLDER/metrics.jsonl       every stage's metrics
+FOLDER/transfer.json       where every parameter of every mixer came from
+FOLDER/checkpoints/        commits, `STAGE-STEP`
+FOLDER/export/             the converted model
+FOLDER/result.json         what came out
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from . import files
+from .errors import UserError
+
+RECORD = "run.json"
+# A run may be continued with other values of these: they change neither the data nor the weights.
+_FREE = ("eval", "save", "track", "publish", "max_hours")
+
+
+def claim(folder: Path, record: dict[str, Any], recipe_text: str, *, resume: bool) -> bool:
+    """Make `folder` the home of the run that `record` describes, or check that it already is.
+
+    Args:
+        folder: the run folder.
+        record: `recipe` (resolved, plain values), `teacher`, `layers`, `stages`, `versions`, …
+        recipe_text: written to recipe.yaml.
+        resume: the folder may already hold this run.
+
+    Returns:
+        True where the folder already held the run.
+
+    Raises:
+        UserError: the folder holds a run and `resume` is False, or it holds another run, or other files.
+    """
+    if (folder / RECORD).exists():
+        before = read(folder)
+        if not resume:
+            raise UserError(
+                f"{folder}: already holds a run. Continue it with --resume, or choose another folder: --out DIR"
+            )
+        different = _differences(before, record)
+        if different:
+            raise UserError(
+                f"{folder}: holds another run; these differ: {'; '.join(different)}. Set them back to resume, or "
+                "choose another folder: --out DIR"
+            )
+        files.write_text(folder / "recipe.yaml", recipe_text)
+        return True
+    if folder.exists() and (not folder.is_dir() or any(p for p in folder.iterdir() if not files.is_temporary(p))):
+        raise UserError(f"{folder}: exists and is not a run of relinear. Choose another folder: --out DIR")
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_json(folder / RECORD, record)
+    files.write_text(folder / "recipe.yaml", recipe_text)
+    return False
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """run.json of a run folder.
+
+    Raises:
+        UserError: there is none, or it is not readable.
+    """
+    path = folder / RECORD
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder}: not a run folder (no {RECORD}). To make one: relinear run RECIPE --out DIR"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, NotADirectoryError) as error:
+        raise UserError(f"{path}: cannot be read ({error}). Choose another folder: --out DIR") from None
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """`key: was X, is Y` for everything that must be equal for the same run to go on."""
+    found: list[str] = []
+    for key in ("recipe", "teacher", "layers", "start"):
+        old, new = before.get(key), json.loads(json.dumps(now.get(key)))
+        if key == "teacher":  # the same one may lie elsewhere now; its tensors are compared when a stage resumes
+            old, new = ({k: v for k, v in (entry or {}).items() if k != "folder"} for entry in (old, new))
+        if key == "recipe":
+            old = {k: v for k, v in (old or {}).items() if k not in _FREE}
+            new = {k: v for k, v in (new or {}).items() if k not in _FREE}
+        _compare(key, old, new, found)
+    return found
+
+
+def _compare(path: str, old: Any, new: Any, found: list[str]) -> None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            _compare(f"{path}.{key}", old.get(key), new.get(key), found)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (a, b) in enumerate(zip(old, new, strict=True)):
+            _compare(f"{path}[{index}]", a, b, found)
+    elif old != new:
+        found.append(f"{path} was {old!r}, is {new!r}")

@@ -1,0 +1,472 @@
+"""Carrying out a recipe: teacher, mixers in place, align, glue, measuring, export. Resumable at any moment."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from .. import __version__
+from ..distill import checkpoint, files, run_folder
+from ..distill.align import align_stage, align_step
+from ..distill.data.corpus import Corpus, open_corpus
+from ..distill.data.windows import eval_batches
+from ..distill.errors import MachineError, UserError
+from ..distill.export import export
+from ..distill.glue import glue_stage
+from ..distill.loop import run_stage
+from ..distill.stage import Callbacks, StageResult, StageSettings
+from ..distill.student import assemble, transfer
+from ..distill.teacher import Teacher, load_teacher
+from ..eval.fidelity import measure
+from ..eval.plots import loss_curves
+from ..eval.tables import Row, to_json, to_text
+from . import loader
+from .layers import LayerMap
+from .plan import layer_map, stage_settings, window
+from .schema import EMBEDDED, AlignStage, Recipe, TrainingStage, TransferStage
+from .teacher_config import locate
+
+FINAL_TOKENS = 200_000
+"""Held-out tokens of the measurement that ends a run, at most."""
+
+
+class Progress(Protocol):
+    """Whom a run tells how far it is; `launch.progress.Progress` is one."""
+
+    def stage(self, name: str, total_tokens: int | None = None, done_tokens: int = 0) -> None:
+        """A stage begins."""
+
+    def update(self, tokens: int, **metrics: float) -> None:
+        """So many tokens are done."""
+
+    def note(self, text: str) -> None:
+        """A sentence to the reader."""
+
+    def done(self) -> None:
+        """The stage ended."""
+
+
+class Silent:
+    """A `Progress` that says nothing."""
+
+    def stage(self, name: str, total_tokens: int | None = None, done_tokens: int = 0) -> None:
+        """Nothing."""
+
+    def update(self, tokens: int, **metrics: float) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def done(self) -> None:
+        """Nothing."""
+
+
+@dataclass
+class Session:
+    """A run under way.
+
+    Attributes:
+        recipe: resolved.
+        folder: the run folder.
+        teacher: frozen.
+        layers: what is kept and what converted.
+        corpus: training data and held-out documents.
+        progress: whom to tell.
+        resume: the folder may hold this run already.
+        deadline: `time.monotonic()` at which to stop, or None.
+        mixers: by layer, once transferred.
+        student: once assembled.
+        results: of the stages that ended, in order.
+        measured: stage name -> fidelity on held-out text after it.
+    """
+
+    recipe: Recipe
+    folder: Path
+    teacher: Teacher
+    layers: LayerMap
+    corpus: Corpus
+    progress: Progress
+    resume: bool = False
+    deadline: float | None = None
+    mixers: dict[int, Any] = field(default_factory=dict)
+    student: Any = None
+    results: list[StageResult] = field(default_factory=list)
+    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def run(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    max_hours: float | None = None,
+    progress: Progress | None = None,
+    start: Path | None = None,
+) -> dict[str, Any]:
+    """Carry out a recipe.
+
+    Args:
+        recipe: from `loader.load`.
+        resume: go on with the run that the folder holds, to the same numbers as without the stop.
+        max_hours: save and stop after so many hours; overrules the recipe's.
+        progress: whom to tell; nobody by default.
+        start: another run of the same teacher, whose aligned mixers this one takes instead of transferring its own.
+
+    Returns:
+        What result.json holds: status (`complete` or `stopped`), stages, fidelity, layers, paths; and `table`, the same
+        as text.
+
+    Raises:
+        UserError, MachineError, RunFailed: as the parts raise them; what was committed stays.
+    """
+    session = open_session(recipe, resume=resume, max_hours=max_hours, progress=progress or Silent(), start=start)
+    done = session.folder / "result.json"
+    if resume and done.exists():
+        result = json.loads(done.read_text(encoding="utf-8"))
+        session.progress.note(f"{session.folder}: complete already; nothing to do")
+        return result | {"table": (session.folder / "result.txt").read_text(encoding="utf-8").rstrip("\n")}
+    with _stop_signals() as stopped:
+        for stage in recipe.stages:
+            if not _carry_out(session, stage, start, stopped):
+                return _stopped(session)
+    return _finish(session)
+
+
+def open_session(
+    recipe: Recipe, *, resume: bool, max_hours: float | None, progress: Progress, start: Path | None
+) -> Session:
+    """Everything that can fail before work starts: teacher, layers, folder, data."""
+    if recipe.publish.repo is not None:
+        raise UserError(
+            "publish.repo: pushing to the Hub is not available in this version; write publish.repo=null and upload "
+            "the export folder with `hf upload`"
+        )
+    if recipe.engine.threads is not None:
+        torch.set_num_threads(recipe.engine.threads)
+    device = _device(recipe.engine.device)
+    source = recipe.teacher.model
+    teacher = load_teacher(locate(source), recipe.teacher.revision, recipe.teacher.dtype, device)
+    layers = layer_map(recipe, teacher.num_layers)
+    if not layers.converted:
+        raise UserError("layers: nothing is converted, so there is nothing to train. Write layers.convert=all")
+    folder = Path(str(recipe.save.dir))
+    record = {
+        "recipe": recipe.to_dict(),
+        "teacher": {
+            "source": source,
+            "folder": str(teacher.folder.resolve()),
+            "revision": teacher.revision,
+            "family": teacher.family.name,
+        },
+        "layers": {str(layer): list(value) for layer, value in layers.converted.items()},
+        "start": None if start is None else str(start),
+        "stages": [[stage.name, stage.kind] for stage in recipe.stages],
+        "environment": checkpoint.environment(),
+        "relinear": __version__,
+    }
+    held = run_folder.claim(folder, record, loader.dump(recipe), resume=resume)
+    if resume and not held:
+        progress.note(f"{folder}: holds no run yet; starting it")
+    progress.note(
+        f"teacher {source}: {teacher.family.name}, {teacher.num_layers} layers, context {teacher.context}, "
+        f"{sum(p.numel() for p in teacher.model.parameters()):,} parameters, {recipe.teacher.dtype} on {device}"
+    )
+    progress.note(f"layers {layers.drawing}: {len(layers.converted)} converted, {len(layers.kept)} kept")
+    said = window(recipe.data.seq_len, teacher.context)[1]
+    if said:
+        progress.note(f"data.seq_len {said}")
+    corpus = _open_data(recipe, teacher, folder)
+    hours = recipe.max_hours if max_hours is None else max_hours
+    deadline = None if hours is None else time.monotonic() + 3600 * hours
+    return Session(recipe, folder, teacher, layers, corpus, progress, resume, deadline)
+
+
+def _device(asked: str) -> str:
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise MachineError("engine.device: cuda is asked for, but torch sees no GPU. Write engine.device=cpu")
+    return asked
+
+
+def _open_data(recipe: Recipe, teacher: Teacher, folder: Path) -> Corpus:
+    """The corpus that the recipe names."""
+    data = recipe.data
+    source = data.source
+    if source == EMBEDDED:
+        from .embedded.corpus import write_text
+
+        source = str(write_text(folder / "text" / "embedded.txt"))
+    share = data.valid if isinstance(data.valid, float) else 0.0
+    corpus = open_corpus(
+        tokenizer=teacher.tokenizer,
+        source=source,
+        mix=data.mix,
+        text=data.text,
+        messages=data.messages,
+        separator=data.separator,
+        split=data.split,
+        valid_source=data.valid if isinstance(data.valid, str) else None,
+        valid_fraction=share,
+    )
+    return corpus
+
+
+def _carry_out(session: Session, stage: Any, start: Path | None, stopped: Callable[[], bool]) -> bool:
+    """One stage of the recipe; False where it was stopped."""
+    if isinstance(stage, TransferStage):
+        _transfer(session, start)
+        return True
+    settings = StageSettings(**stage_settings(session.recipe, stage, session.teacher.context))
+    if isinstance(stage, AlignStage):
+        made = align_stage(session.teacher, session.mixers, settings, stage.name)
+        evaluate = _align_evaluation(session, settings)
+    else:
+        if session.student is None:
+            session.student = assemble(session.teacher, session.mixers)
+        made = glue_stage(session.teacher, session.student, settings, stage.name)
+        evaluate = _glue_evaluation(session, settings)
+    source = session.corpus.train(
+        seq_len=settings.seq_len,
+        batch=settings.batch,
+        # Each stage reads in its own order: the same first documents twice would count for more than others.
+        seed=_data_seed(session.recipe, stage),
+        pack=session.recipe.data.pack,
+        shuffle_buffer=session.recipe.data.shuffle_buffer,
+    )
+    begun = session.folder / "checkpoints"
+    newest = checkpoint.Checkpoints(begun).newest(stage.name) if session.resume else None
+    session.progress.stage(stage.name, settings.tokens, newest.state["tokens"] if newest else 0)
+    result = run_stage(
+        made,
+        source,
+        settings,
+        folder=session.folder,
+        resume=session.resume,
+        after=session.results[-1].stage if session.results else None,
+        callbacks=Callbacks(
+            progress=lambda record: session.progress.update(record["tokens"], loss=record["loss"]),
+            message=session.progress.note,
+            evaluate=evaluate,
+            should_stop=stopped,
+        ),
+        deadline=session.deadline,
+    )
+    session.progress.done()
+    session.results.append(result)
+    if result.status != "complete":
+        return False
+    if isinstance(stage, AlignStage):
+        _measure_assembled(session, stage.name)
+    return True
+
+
+def _data_seed(recipe: Recipe, stage: TrainingStage) -> int:
+    base = recipe.seed if recipe.data.seed is None else recipe.data.seed
+    return base * 1009 + [s.name for s in recipe.stages].index(stage.name)
+
+
+def _transfer(session: Session, start: Path | None) -> None:
+    """Put the mixers in place, and say where every parameter came from."""
+    session.mixers, reports = transfer(session.teacher, session.layers.converted, session.recipe.seed)
+    report: dict[str, Any] = {str(layer): entry.to_dict() for layer, entry in reports.items()}
+    if start is not None:
+        report = _take_aligned(session, start, report)
+    files.write_json(session.folder / "transfer.json", report)
+    counts = {kind: sum(r.parameters[kind] for r in reports.values()) for kind in ("copied", "derived", "new")}
+    session.progress.note(
+        "transfer: " + ", ".join(f"{number:,} parameters {kind}" for kind, number in counts.items() if number)
+    )
+    if start is None:
+        _measure_assembled(session, "transfer")
+
+
+def _take_aligned(session: Session, start: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """Mixers from the aligned ones of another run; what has no counterpart stays as transferred, and is named."""
+    other = run_folder.read(start)
+    if other["teacher"]["source"] != session.recipe.teacher.model:
+        raise UserError(
+            f"{start}: was made from teacher {other['teacher']['source']}, this run from "
+            f"{session.recipe.teacher.model}. Start from a run of the same teacher"
+        )
+    name = next((name for name, kind in reversed(other["stages"]) if kind == "align"), None)
+    if name is None:
+        raise UserError(f"{start}: has no align stage to start from")
+    commit = checkpoint.Checkpoints(start / "checkpoints").require_complete(name)
+    weights = commit.weights()
+    for layer, mixer in session.mixers.items():
+        if other["layers"].get(str(layer), [None])[0] != mixer.spec.name:
+            raise UserError(f"{start}: its layer {layer} is not {mixer.spec.name}. Start from a run that converts it")
+        own = mixer.state_dict()
+        found = {key: weights[f"{layer}.{key}"] for key in own if f"{layer}.{key}" in weights}
+        mixer.load_state_dict(found, strict=False)
+        report[str(layer)] = {"from": str(commit.path), "transferred": sorted(own.keys() - found.keys())}
+    session.progress.note(f"start: aligned mixers loaded from {commit.path}")
+    return report
+
+
+def eval_set(session: Session, tokens: int, seq_len: int | None = None) -> Iterator[Any]:
+    """Held-out batches of about `tokens` tokens: whole documents, in windows of min(context, seq_len)."""
+    size = window(session.recipe.data.seq_len, session.teacher.context)[0] if seq_len is None else seq_len
+    return eval_batches(session.corpus.valid.head(tokens), size, 8)
+
+
+def _measure_assembled(session: Session, name: str) -> None:
+    """Fidelity of the model that the mixers make now, before any glue."""
+    if not len(session.corpus.valid):
+        return
+    path = session.folder / "measured" / f"{name}.json"
+    if path.exists() and session.resume:
+        session.measured[name] = json.loads(path.read_text(encoding="utf-8"))
+        return
+    student = assemble(session.teacher, session.mixers)
+    device = next(student.parameters()).device
+    batches = eval_set(session, session.recipe.eval.tokens)
+    session.measured[name] = measure(student, session.teacher.model, batches, device)
+    files.write_json(path, session.measured[name])
+    value = session.measured[name]
+    session.progress.note(
+        f"after {name}: held-out perplexity {value['student']['perplexity']:.3f} "
+        f"({value['perplexity_ratio']:.3f} of the teacher's), KL {value['kl']:.4f}"
+    )
+
+
+def _align_evaluation(session: Session, settings: StageSettings) -> Callable[[], dict[str, Any]] | None:
+    """Held-out align losses per layer; `score` is their mean."""
+    if not len(session.corpus.valid):
+        return None
+    device = next(session.teacher.model.parameters()).device
+
+    def evaluate() -> dict[str, Any]:
+        sums: dict[str, torch.Tensor] = {}
+        total = 0
+        for batch, _ in eval_set(session, session.recipe.eval.tokens, settings.seq_len):
+            moved = batch.to(device)
+            total += moved.tokens
+            made = align_step(
+                session.teacher, session.mixers, moved, 1, str(settings.loss), settings.precision, backward=False
+            )
+            for name, value in made.items():
+                sums[name] = sums.get(name, torch.zeros(())) + value.cpu()
+        values = {name: float(value) / total for name, value in sums.items()}
+        return {"score": values.pop("loss"), "losses": values}
+
+    return evaluate
+
+
+def _glue_evaluation(session: Session, settings: StageSettings) -> Callable[[], dict[str, Any]] | None:
+    """Fidelity on held-out text; `score` is the KL to the teacher."""
+    if not len(session.corpus.valid):
+        return None
+
+    def evaluate() -> dict[str, Any]:
+        device = next(session.student.parameters()).device
+        batches = eval_set(session, session.recipe.eval.tokens, settings.seq_len)
+        value = measure(session.student, session.teacher.model, batches, device)
+        return {"score": value["kl"], **value}
+
+    return evaluate
+
+
+def _stopped(session: Session) -> dict[str, Any]:
+    result = session.results[-1]
+    text = (
+        f"{result.stage} stopped at step {result.step} ({result.tokens:,} tokens); everything is saved in "
+        f"{session.folder}. Go on: the same command with --resume"
+    )
+    return {"status": "stopped", "stage": result.stage, "tokens": result.tokens, "run": str(session.folder)} | {
+        "table": text
+    }
+
+
+def _finish(session: Session) -> dict[str, Any]:
+    """Export the best step, measure it on held-out text, write everything down."""
+    folder = session.folder
+    last = session.results[-1] if session.results else None
+    if session.student is None:
+        session.student = assemble(session.teacher, session.mixers)
+    elif last is not None and last.best_path is not None and last.best_path != last.path:
+        store = {commit.path: commit for commit in checkpoint.Checkpoints(folder / "checkpoints").all(last.stage)}
+        checkpoint.load_module(session.student, store[last.best_path].weights(), last.best_path)
+    fidelity = None
+    if len(session.corpus.valid):
+        device = next(session.student.parameters()).device
+        fidelity = measure(session.student, session.teacher.model, eval_set(session, FINAL_TOKENS), device)
+    result: dict[str, Any] = {
+        "status": "complete",
+        "run": str(folder),
+        "export": str(folder / "export"),
+        "teacher": session.recipe.teacher.model,
+        "layers": {"drawing": session.layers.drawing, "kept": session.layers.kept},
+        "step": None if last is None or last.best is None else last.best["step"],
+        "stages": [_stage_summary(r) for r in session.results],
+        "measured": session.measured,
+        "fidelity": fidelity,
+        "tokens": sum(r.tokens for r in session.results),
+        "seconds": round(sum(r.seconds for r in session.results), 1),
+        "environment": checkpoint.environment(),
+    }
+    rows = result_rows(session, fidelity)
+    text = to_text(rows) if rows else f"{folder}: complete (no held-out text, so nothing was measured)"
+    result["rows"] = to_json(rows)
+    if session.results:
+        loss_curves(folder / "metrics.jsonl", folder / "loss.png")
+    export(folder, "best", folder / "export", overwrite=True, student=session.student, teacher=session.teacher)
+    files.write_text(folder / "result.txt", text + "\n")
+    files.write_json(folder / "result.json", result)
+    return result | {"table": text}
+
+
+def result_rows(session: Session, fidelity: dict[str, Any] | None) -> list[Row]:
+    """Teacher and student as rows of the summary table."""
+    if fidelity is None:
+        return []
+    spent = {"tokens": sum(r.tokens for r in session.results), "seconds": sum(r.seconds for r in session.results)}
+    return [Row.of_teacher("teacher", fidelity), Row.of_student("student", fidelity, **spent)]
+
+
+def _stage_summary(result: StageResult) -> dict[str, Any]:
+    return {
+        "name": result.stage,
+        "steps": result.step,
+        "tokens": result.tokens,
+        "seconds": round(result.seconds, 2),
+        "tokens_per_second": round(result.tokens / result.seconds, 1) if result.seconds else None,
+        "loss": result.metrics.get("loss"),
+        "losses": result.metrics.get("losses"),
+        "best": result.best,
+        "unchanged": result.unchanged,
+        **{key: value for key, value in result.report.items() if key != "changed"},
+        **({"changed_teacher_tensors": result.report["changed"]} if "changed" in result.report else {}),
+    }
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """SIGINT and SIGTERM end the step, save and stop; a second one ends at once."""
+    caught: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    previous = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, handle)
+    except ValueError:  # not in the main thread: nothing to listen to
+        pass
+    try:
+        yield lambda: bool(caught)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
