@@ -12,7 +12,7 @@ import torch
 
 from relinear.distill.data.batch import Batch
 from relinear.distill.errors import RunFailed, UserError
-from relinear.distill.glue import changed_tensors, glue_stage, glue_step
+from relinear.distill.glue import glue_stage, glue_step
 from relinear.distill.loop import Callbacks, StageSettings, run_stage
 from relinear.distill.student import assemble
 from relinear.distill.teacher import Teacher, load_teacher
