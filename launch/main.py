@@ -13,7 +13,7 @@ import typer
 
 from .. import __version__
 from ..distill.errors import MachineError, RunFailed, UserError
-from .commands import doctor, look, model, work
+from .commands import bench, doctor, look, model, work
 from .commands.common import examples
 from .output import talk
 
@@ -33,7 +33,7 @@ app = typer.Typer(
         then="relinear quickstart",
     ),
 )
-for commands in (work, look, model, doctor):
+for commands in (work, look, model, bench, doctor):
     commands.register(app)
 
 

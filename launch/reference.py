@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import typer
@@ -30,12 +31,15 @@ def markdown() -> str:
 
     group: Any = typer.main.get_command(app)
     context = group.make_context("relinear", [], resilient_parsing=True, terminal_width=WIDTH, max_content_width=WIDTH)
-    parts = [HEADER, _section("relinear", group.get_help(context))]
-    for name in group.list_commands(context):
-        command = group.get_command(context, name)
-        inner = command.make_context(name, [], parent=context, resilient_parsing=True)
-        parts.append(_section(f"relinear {name}", command.get_help(inner)))
-    return "\n".join(parts)
+    return "\n".join([HEADER, *_sections(group, context)])
+
+
+def _sections(command: Any, context: Any) -> Iterator[str]:
+    """A command's help and, where it is a group, those of its commands."""
+    yield _section(context.command_path, command.get_help(context))
+    for name in command.list_commands(context) if hasattr(command, "list_commands") else ():
+        inner = command.get_command(context, name)
+        yield from _sections(inner, inner.make_context(name, [], parent=context, resilient_parsing=True))
 
 
 def _section(title: str, text: str) -> str:

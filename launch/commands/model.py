@@ -34,16 +34,16 @@ def register(app: typer.Typer) -> None:
     app.command(
         "eval",
         epilog=examples(
-            "relinear eval runs/quickstart/export --against FOLDER --text valid.txt --json",
-            "relinear eval runs/quickstart/export --against FOLDER --text valid.txt --max-tokens 50000",
-            then="relinear verify runs/quickstart/export",
+            "relinear eval runs/quickstart/hybrid/export --against FOLDER --text valid.txt --json",
+            "relinear eval runs/quickstart/hybrid/export --against FOLDER --text valid.txt --max-tokens 50000",
+            then="relinear verify runs/quickstart/hybrid/export",
         ),
     )(evaluate)
     app.command(
         epilog=examples(
-            "relinear generate runs/quickstart/export --prompt 'Once upon a time'",
-            "relinear generate runs/quickstart/export --prompt 'Q: ' --max-new-tokens 64 --temperature 0.8 --seed 1",
-            then="relinear eval runs/quickstart/export --against FOLDER --text FILE",
+            "relinear generate runs/quickstart/hybrid/export --prompt 'Once upon a time'",
+            "relinear generate runs/quickstart/hybrid/export --prompt 'Q: ' --temperature 0.8 --seed 1",
+            then="relinear eval runs/quickstart/hybrid/export --against FOLDER --text FILE",
         )
     )(generate)
     app.command(
@@ -55,9 +55,9 @@ def register(app: typer.Typer) -> None:
     )(export)
     app.command(
         epilog=examples(
-            "relinear verify runs/quickstart/export",
-            "relinear verify runs/quickstart/export --json",
-            then="relinear generate runs/quickstart/export --prompt TEXT",
+            "relinear verify runs/quickstart/hybrid/export",
+            "relinear verify runs/quickstart/hybrid/export --json",
+            then="relinear generate runs/quickstart/hybrid/export --prompt TEXT",
         )
     )(verify)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,7 @@ def register(app: typer.Typer) -> None:
         epilog=examples(
             "relinear quickstart",
             "relinear quickstart --out runs/first --json > first.json",
-            then="relinear generate runs/quickstart/export --prompt 'Once upon a time'",
+            then="relinear generate runs/quickstart/hybrid/export --prompt 'Once upon a time'",
         )
     )(quickstart)
     app.command(
@@ -32,6 +33,7 @@ def register(app: typer.Typer) -> None:
 
 
 def quickstart(
+    overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/quickstart"),
     json: Json = False,
 ) -> None:
@@ -44,8 +46,10 @@ def quickstart(
     from ...recipes.quickstart import quickstart as work
 
     with Progress() as progress:
-        result = work(out, progress)
+        result = work(out, progress, overrides)
     _report(result, json)
+    if result.get("status") == "stopped":
+        next_command(shlex.join(["relinear", "quickstart", *(overrides or []), "--out", str(out)]))
 
 
 def run(
