@@ -27,7 +27,7 @@ DIRECTIONS: dict[str, dict[str, set[str] | None]] = {
     "recipes": {"mixers": None, "distill": None, "eval": None},
     "launch": {"mixers": None, "distill": None, "eval": None, "recipes": None},
 }
-ONLY_LAUNCH_AND_EACH_OTHER = {"recipes.runner", "recipes.quickstart"}
+ONLY_LAUNCH_AND_EACH_OTHER = {"recipes.runner", "recipes.quickstart", "recipes.bench"}
 HEAVY = {
     *("torch", "transformers", "datasets", "safetensors", "numpy", "matplotlib"),
     *("tokenizers", "huggingface_hub", "fla", "pyarrow"),
@@ -42,7 +42,7 @@ TORCH_FREE = {
     "launch": True,
     "recipes": True,
 }
-TORCH_BOUND = {"recipes.runner", "recipes.quickstart", "recipes.embedded.train"}
+TORCH_BOUND = {"recipes.runner", "recipes.quickstart", "recipes.bench", "recipes.embedded.train"}
 
 
 def tracked(*patterns: str) -> list[Path]:
