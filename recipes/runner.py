@@ -83,6 +83,7 @@ class Session:
         progress: whom to tell.
         resume: the folder may hold this run already.
         deadline: `time.monotonic()` at which to stop, or None.
+        track: sends a step's metrics to the tracker that the recipe names.
         mixers: by layer, once transferred.
         student: once assembled.
         results: of the stages that ended, in order.
@@ -97,6 +98,7 @@ class Session:
     progress: Progress
     resume: bool = False
     deadline: float | None = None
+    track: Callable[[dict[str, Any]], None] = lambda record: None
     mixers: dict[int, Any] = field(default_factory=dict)
     student: Any = None
     results: list[StageResult] = field(default_factory=list)
@@ -138,6 +140,23 @@ def run(
             if not _carry_out(session, stage, start, stopped):
                 return _stopped(session)
     return _finish(session)
+
+
+def convert(
+    recipe: str, overrides: list[str] | None = None, *, resume: bool = False, max_hours: float | None = None
+) -> dict[str, Any]:
+    """`relinear run` as a function: load a recipe by name or path, change it, carry it out.
+
+    Args:
+        recipe: a shipped recipe's name or a YAML file.
+        overrides: `key=value` as on the command line, e.g. `teacher.model=FOLDER`.
+        resume: as for `run`.
+        max_hours: as for `run`.
+
+    Returns:
+        As `run`.
+    """
+    return run(loader.load(recipe, overrides), resume=resume, max_hours=max_hours)
 
 
 def open_session(
@@ -186,7 +205,29 @@ def open_session(
     corpus = _open_data(recipe, teacher, folder)
     hours = recipe.max_hours if max_hours is None else max_hours
     deadline = None if hours is None else time.monotonic() + 3600 * hours
-    return Session(recipe, folder, teacher, layers, corpus, progress, resume, deadline)
+    return Session(recipe, folder, teacher, layers, corpus, progress, resume, deadline, _tracker(recipe, folder))
+
+
+def _tracker(recipe: Recipe, folder: Path) -> Callable[[dict[str, Any]], None]:
+    """Metrics to Weights & Biases where the recipe names a project; metrics.jsonl is written in any case."""
+    if recipe.track.wandb is None:
+        return lambda record: None
+    try:
+        import wandb
+    except ImportError:
+        raise MachineError(
+            "track.wandb: the package wandb is not installed. Install it: pip install 'relinear[wandb]', or write "
+            "track.wandb=null"
+        ) from None
+    made = wandb.init(
+        project=recipe.track.wandb, name=folder.name, id=folder.name, resume="allow", config=recipe.to_dict()
+    )
+    skipped = ("stage", "fraction", "seconds_left")
+
+    def log(record: dict[str, Any]) -> None:
+        made.log({f"{record['stage']}/{key}": value for key, value in record.items() if key not in skipped})
+
+    return log
 
 
 def _device(asked: str) -> str:
@@ -253,7 +294,7 @@ def _carry_out(session: Session, stage: Any, start: Path | None, stopped: Callab
         resume=session.resume,
         after=session.results[-1].stage if session.results else None,
         callbacks=Callbacks(
-            progress=lambda record: session.progress.update(record["tokens"], loss=record["loss"]),
+            progress=lambda record: _tell(session, record),
             message=session.progress.note,
             evaluate=evaluate,
             should_stop=stopped,
@@ -267,6 +308,11 @@ def _carry_out(session: Session, stage: Any, start: Path | None, stopped: Callab
     if isinstance(stage, AlignStage):
         _measure_assembled(session, stage.name)
     return True
+
+
+def _tell(session: Session, record: dict[str, Any]) -> None:
+    session.progress.update(record["tokens"], loss=record["loss"])
+    session.track(record)
 
 
 def _data_seed(recipe: Recipe, stage: TrainingStage) -> int:
