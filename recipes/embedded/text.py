@@ -8,6 +8,7 @@ eval/recall.py), `chat` (questions about facts given turns ago, and sums), `sums
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator
 
 from ...eval.recall import (
@@ -27,6 +28,11 @@ from ...eval.recall import (
 
 CONTEXT = 1024  # tokens that a document may have, BOS and EOS included
 SENTENCE = 11  # tokens of the longest filler sentence, a safe bound for planning lengths
+ANSWER = re.compile(
+    r"How old was \w+\? \w+ was (\d+)|Who [\w ]+\? It was (\w+)|The \w+ of \w+ was (\w+)|went home to the (\w+)"
+    r"|was given (\w+), which|called the \w+: (\w+),|Your (?:\w+ )+is (?:called )?(\w+)|You live near the (\w+)"
+    r"|You like (\w+)|You are (\d+)|= (\d+)\.|Again: ([\w ]+)\."
+)
 KINDS = {"story": 0.4, "recall": 0.3, "chat": 0.15, "sums": 0.1, "copy": 0.05}
 
 
@@ -59,6 +65,11 @@ def held_out_recall(seed: int, n: int, pairs: int = 16, sentences: int = 12) -> 
     for index in range(n):
         rng = random.Random(f"held out {seed} {pairs} {sentences} {index}")
         yield recall(rng, "valid", pairs=pairs, sentences=sentences)
+
+
+def answers(text: str) -> list[tuple[int, int]]:
+    """Half-open character ranges of what follows from earlier text: facts asked for, sums, and words said again."""
+    return [match.span(match.lastindex or 0) for match in ANSWER.finditer(text)]
 
 
 def story(rng: random.Random, split: str) -> str:

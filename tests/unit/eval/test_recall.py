@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from relinear.eval import recall as R
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+from relinear.eval import recall as R
 
 
 def byte_tokenizer(words=()):

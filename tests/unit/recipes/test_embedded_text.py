@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
 import relinear
 from relinear.eval import recall as R
 from relinear.recipes.embedded import text
@@ -109,6 +110,19 @@ def test_chat_template_is_the_form_of_the_text_and_marks_answers(tokenizer):
     assert tokenizer.decode(kept) == " 2 + 3 = 5.\n"
 
 
+def test_training_that_was_stopped_resumes_to_the_same_weights(tokenizer, tmp_path, monkeypatch):
+    from relinear.recipes.embedded import train
+
+    monkeypatch.setattr(train, "train_tokenizer", lambda seed: tokenizer)
+    whole = {"tokens": 3000, "climb": 2000, "polish": 2000, "seed": 3, "lr": 1e-3}
+    train.train(tmp_path / "once", minutes=60, **whole)
+    for _ in range(4):
+        train.train(tmp_path / "stopped", minutes=0, **whole)
+    once, stopped = ((tmp_path / name / "teacher" / "model.safetensors").read_bytes() for name in ("once", "stopped"))
+    assert once == stopped
+    assert once != (TEACHER / "model.safetensors").read_bytes()
+
+
 def test_the_folder_is_small_and_complete():
     assert sum(path.stat().st_size for path in TEACHER.parent.rglob("*") if path.is_file()) < 4_000_000
     config = json.loads((TEACHER / "config.json").read_text())
@@ -127,6 +141,6 @@ def test_the_teacher_answers_held_out_pairs_far_away(tokenizer):
 
     model = AutoModelForCausalLM.from_pretrained(TEACHER)
     cells = [R.RecallCell(128, 0), R.RecallCell(64, 384)]
-    assert min(c["accuracy"] for c in R.recall(model, tokenizer, cells, n_per_cell=64)["cells"]) > 0.9
+    assert min(c["accuracy"] for c in R.recall(model, tokenizer, cells, n_per_cell=64)["cells"]) >= 0.95
     cut = R.recall(model, tokenizer, cells[1:], n_per_cell=64, window=32)
     assert cut["accuracy"] <= 0.3
