@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from ...eval.recall import (
     ANIMALS,
@@ -190,7 +190,7 @@ WRITERS: dict[str, Callable[[random.Random, str], str]] = {
 }
 
 
-def _list(words: list[str]) -> str:
+def _list(words: Sequence[str]) -> str:
     return ", ".join(words[:-1]) + " and " + words[-1]
 
 
