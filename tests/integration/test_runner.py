@@ -1,0 +1,246 @@
+"""A run from start to end: what is refused, what survives a kill, what a second run may take from a first."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from relinear.distill import files
+from relinear.distill.errors import MachineError, UserError
+from relinear.launch.main import main
+from relinear.recipes import loader, runner
+
+SMALL = [
+    "stages.align.tokens=4k",
+    "stages.glue.tokens=4k",
+    "stages.align.batch=4",
+    "stages.glue.batch=4",
+    "data.seq_len=64",
+    "eval.tokens=1k",
+    "save.every=1k",
+]
+
+
+@pytest.fixture(scope="module")
+def teacher(make_teacher: Any) -> Path:
+    return make_teacher("llama", num_hidden_layers=3)
+
+
+def recipe(teacher: Path, text: Path, out: Path, *changes: str, name: str = "gated_deltanet") -> Any:
+    given = [f"teacher.model={teacher}", f"data.source={text}", f"save.dir={out}"]
+    return loader.load(name, [*given, *SMALL, *changes])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "export" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def first(teacher: Path, story_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "first"
+    runner.run(recipe(teacher, story_file, out))
+    return out
+
+
+def test_result_says_what_happened(first: Path) -> None:
+    result = json.loads((first / "result.json").read_text())
+    assert [stage["name"] for stage in result["stages"]] == ["align", "glue"]
+    assert result["measured"].keys() == {"transfer", "align"}
+    assert result["layers"] == {"drawing": "LLL", "kept": []}
+    changed = result["stages"][1]["changed_teacher_tensors"]
+    assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight"} <= set(changed)
+    report = json.loads((first / "transfer.json").read_text())
+    assert report["0"]["copied"]["q_proj.weight"] == "q_proj.weight"
+    for name in ("recipe.yaml", "metrics.jsonl", "loss.png", "result.txt", "export/recipe.yaml"):
+        assert (first / name).stat().st_size > 0
+
+
+def test_the_export_is_the_best_step(first: Path, teacher: Path) -> None:
+    result = json.loads((first / "result.json").read_text())
+    lines = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
+    scores = {line["step"]: line["eval"]["score"] for line in lines if line["stage"] == "glue" and "eval" in line}
+    assert len(scores) > 3 and result["step"] == min(scores, key=lambda step: scores[step])
+    assert result["fidelity"]["kl"] < result["measured"]["align"]["kl"] < result["measured"]["transfer"]["kl"]
+
+
+def test_the_same_recipe_gives_the_same_bits(first: Path, teacher: Path, story_file: Path, tmp_path: Path) -> None:
+    runner.run(recipe(teacher, story_file, tmp_path / "second"))
+    again, before = weights(tmp_path / "second"), weights(first)
+    assert again.keys() == before.keys() and all(torch.equal(again[name], before[name]) for name in before)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(
+    first: Path, teacher: Path, story_file: Path, tmp_path: Path
+) -> None:
+    """kill -9 on the real command, again and again, until a resumed one comes to its end."""
+    out = tmp_path / "killed"
+    arguments = ["run", "gated_deltanet", f"teacher.model={teacher}", f"data.source={story_file}", *SMALL]
+    command = [sys.executable, "-m", "relinear.launch.main", *arguments, "--out", str(out), "--resume"]
+    rng = random.Random(5)
+    kills = 0
+    for _ in range(40):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ.copy())
+        try:
+            _, err = process.communicate(timeout=8 + 6 * rng.random() + kills)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+            continue
+        assert process.returncode == 0, err.decode()
+        break
+    else:
+        pytest.fail("never came to its end")
+    assert kills > 0
+    again, before = weights(out), weights(first)
+    assert all(torch.equal(again[name], before[name]) for name in before)
+
+
+def test_stopped_by_a_signal_and_resumed(first: Path, teacher: Path, story_file: Path, tmp_path: Path) -> None:
+    class Stopper(runner.Silent):
+        def update(self, tokens: int, **metrics: float) -> None:
+            if tokens > 1500:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.01)
+
+    out = tmp_path / "stopped"
+    result = runner.run(recipe(teacher, story_file, out), progress=Stopper())
+    assert result["status"] == "stopped" and result["stage"] == "align" and "--resume" in result["table"]
+    assert not (out / "result.json").exists()
+    assert runner.run(recipe(teacher, story_file, out), resume=True)["status"] == "complete"
+    assert all(torch.equal(weights(out)[name], value) for name, value in weights(first).items())
+    again = runner.run(recipe(teacher, story_file, out), resume=True)
+    assert again["status"] == "complete" and again["table"]
+
+
+def test_a_hybrid_starts_from_aligned_mixers(first: Path, teacher: Path, story_file: Path, tmp_path: Path) -> None:
+    changes = ["layers.keep=1", "stages=[{transfer: {}}, {glue: {tokens: 1k, batch: 4, lr: 1e-9}}]"]
+    wanted = [change for change in SMALL if not change.startswith("stages")]
+    given = [f"teacher.model={teacher}", f"data.source={story_file}", f"save.dir={tmp_path / 'hybrid'}"]
+    runner.run(loader.load("gated_deltanet", [*given, *wanted, *changes]), start=first)
+    report = json.loads((tmp_path / "hybrid" / "transfer.json").read_text())
+    assert report.keys() == {"0", "2"} and all("align-" in report[layer]["from"] for layer in report)
+    aligned = load_file(next((first / "checkpoints").glob("align-*")) / "weights.safetensors")
+    made = weights(tmp_path / "hybrid")
+    torch.testing.assert_close(
+        made["model.layers.2.self_attn.q_proj.weight"], aligned["2.q_proj.weight"], rtol=0, atol=1e-6
+    )
+
+
+def test_a_run_of_another_teacher_is_refused(first: Path, make_teacher: Any, story_file: Path, tmp_path: Path) -> None:
+    """Also one that differs in a single weight: the same path, other bytes."""
+    other = make_teacher("llama", num_hidden_layers=4)
+    with pytest.raises(UserError, match=r"first: holds another run.*teacher"):
+        runner.run(recipe(other, story_file, first), resume=True)
+    copy = tmp_path / "teacher"
+    shutil.copytree(make_teacher("llama", num_hidden_layers=3), copy)
+    out = tmp_path / "run"
+    runner.run(recipe(copy, story_file, out), max_hours=0.0)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1.0
+    from safetensors.torch import save_file
+
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"another teacher.*model\.norm\.weight"):
+        runner.run(recipe(copy, story_file, out), resume=True)
+
+
+def test_a_folder_with_other_things_is_left_alone(teacher: Path, story_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("words")
+    with pytest.raises(UserError, match="is not a run of relinear"):
+        runner.run(recipe(teacher, story_file, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "empty"),
+        (b"One short line.", "fewer|too short|one row|sequence"),
+        (b"\xff\xfe\x00\x81" * 50, "UTF-8|text"),
+    ],
+    ids=["empty", "short", "binary"],
+)
+def test_bad_text_ends_before_work(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, words: str
+) -> None:
+    import re
+
+    text = tmp_path / "text.txt"
+    text.write_bytes(content)
+    arguments = ["run", "rwkv7", f"teacher.model={teacher}", f"data.source={text}", *SMALL]
+    assert main([*arguments, "--out", str(tmp_path / "run")]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and str(text) in errors[0] and re.search(words, errors[0]), errors
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_full_disk_ends_with_exit_code_3_and_harms_nothing(
+    first: Path,
+    teacher: Path,
+    story_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import errno
+
+    out = tmp_path / "run"
+    runner.run(recipe(teacher, story_file, out, "stages.align.tokens=2k"), max_hours=0.0)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    sync = files.sync
+
+    def full(path: Path) -> None:
+        if "checkpoints" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        sync(path)
+
+    monkeypatch.setattr(files, "sync", full)
+    arguments = ["run", "gated_deltanet", f"teacher.model={teacher}", f"data.source={story_file}", *SMALL]
+    assert main([*arguments, "stages.align.tokens=2k", "--out", str(out), "--resume"]) == 3
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "space" in errors[0]
+    for path, content in before.items():
+        if "checkpoints" in str(path):
+            assert path.read_bytes() == content
+    monkeypatch.setattr(files, "sync", sync)
+    assert main([*arguments, "stages.align.tokens=2k", "--out", str(out), "--resume"]) == 0
+
+
+def test_wandb_gets_the_metrics(
+    teacher: Path, story_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[dict[str, Any]] = []
+    made = types.SimpleNamespace(log=logged.append)
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **given: made if given["project"] == "mine" else None  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    runner.run(recipe(teacher, story_file, tmp_path / "run", "track.wandb=mine"), max_hours=1e-4)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MachineError, match=r"relinear\[wandb\]"):
+        runner.run(recipe(teacher, story_file, tmp_path / "other", "track.wandb=mine"))
+
+
+def test_what_this_version_cannot_do_is_refused(teacher: Path, story_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"publish\.repo"):
+        runner.run(recipe(teacher, story_file, tmp_path / "run", "publish.repo=me/mine"))
+    with pytest.raises(UserError, match="nothing is converted"):
+        runner.run(recipe(teacher, story_file, tmp_path / "run", "layers.convert=none"))
+    if not torch.cuda.is_available():
+        with pytest.raises(MachineError, match="sees no GPU"):
+            runner.run(recipe(teacher, story_file, tmp_path / "run", "engine.device=cuda"))
+    assert not (tmp_path / "run").exists()
