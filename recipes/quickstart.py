@@ -70,12 +70,13 @@ def quickstart(out: Path, progress: Progress | None = None, overrides: list[str]
     for result in (linear, hybrid):
         if result["status"] != "complete":
             return result
-    rows, models = _rows(linear, hybrid, layer, teacher, progress)
+    rows, models, cells = _rows(linear, hybrid, layer, teacher, progress)
     reports = {name: _verified(Path(result["export"]), progress) for name, result in _named(linear, hybrid).items()}
     text = to_text(rows, title=f"The embedded teacher ({linear['teacher']}), converted")
     table = f"{text}\n\n{_sample(models['hybrid'], teacher)}"
     summary = {
         "rows": to_json(rows),
+        "recall_cells": cells,
         "chosen": chosen,
         "verified": reports,
         "runs": {name: result["run"] for name, result in _named(linear, hybrid).items()},
@@ -137,8 +138,8 @@ def _best_layer(recipe: Recipe, teacher: Teacher, out: Path, progress: Progress)
 
 def _rows(
     linear: dict[str, Any], hybrid: dict[str, Any], layer: int, teacher: Teacher, progress: Progress
-) -> tuple[list[Row], dict[str, Any]]:
-    """One row per model, everything measured on the exported folders."""
+) -> tuple[list[Row], dict[str, Any], dict[str, Any]]:
+    """One row per model, everything measured on the exported folders; the models; their recall cell by cell."""
     models = {"teacher": teacher.model}
     models |= {name: load_model(result["export"])[0] for name, result in _named(linear, hybrid).items()}
     measured = {}
@@ -162,7 +163,7 @@ def _rows(
     for name, result in _named(linear, hybrid).items():
         rows.append(Row.of_student(name, result["fidelity"], **measured[name], **spent[name]))
     rows[2] = replace(rows[2], name=f"hybrid (keeps {layer})")
-    return rows, models
+    return rows, models, {name: values["recall"]["cells"] for name, values in measured.items()}
 
 
 def _verified(export: Path, progress: Progress) -> dict[str, Any]:

@@ -318,7 +318,7 @@ def save(out: Path, model: Any, tokenizer: Any, optimizer: Any, state: dict[str,
     import torch
     from transformers import GenerationConfig
 
-    model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, max_length=CONTEXT)
+    model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
     model.save_pretrained(out / "teacher")
     tokenizer.save_pretrained(out / "teacher")
     torch.save(

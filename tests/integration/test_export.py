@@ -12,8 +12,8 @@ import torch
 
 from relinear.distill.errors import RunFailed, UserError
 from relinear.distill.export import export_student
-from relinear.distill.flatten import modelling_files
 from relinear.distill.families import FAMILIES
+from relinear.distill.flatten import modelling_files
 from relinear.distill.student import assemble, transfer
 from relinear.distill.teacher import load_model, load_teacher
 from relinear.distill.verify import verify

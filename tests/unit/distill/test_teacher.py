@@ -69,7 +69,7 @@ def test_missing_shard_is_named(copy: Path) -> None:
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     (copy / "model.safetensors").rename(copy / "model-00001-of-00002.safetensors")
-    with pytest.raises(UserError, match="model-00002-of-00002.safetensors: not found"):
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors: not found"):
         load_teacher(copy)
 
 
