@@ -15,6 +15,7 @@ from .kernels import run
 from .specs.base import Geometry, TensorSpec, chunk_length
 from .specs.rwkv7 import RWKV7Options, RWKV7Spec, ranks
 
+ONES = ("g0", "r_scale", "k_a", "ln_x.weight")
 LOG_DECAY_BOUND = math.exp(-0.5)
 """RWKV-7's decays lie in (exp(-0.6065), 1)."""
 
@@ -55,13 +56,15 @@ class RWKV7(AttentionMixer):
         self.reset_parameters()
 
     def initial(self, row: TensorSpec, generator: torch.Generator | None) -> torch.Tensor:
-        """See the base class; values of radlads.md §1.1 but for the gate, which starts at one."""
+        """See the base class; the paper's values but for gate, removal and value residual (see the card)."""
         value = torch.zeros(row.shape)
         identity = self.options.gate_init == "identity"
-        constants = {"v0": self.options.value_start, "g0": 1.0, "r_scale": 1.0, "k_k": 0.85, "k_a": 1.0, "ln_x.weight": 1.0}
+        constants = {"v0": self.options.value_start, "k_k": 0.85} | dict.fromkeys(ONES, 1.0)
         if row.name == "w0":
             ramp = torch.linspace(0, 1, row.shape[0]) ** (0.85 + self.position**0.5)
             return -6.5 + 5 * ramp
+        if row.name == "a0":
+            return value.fill_(math.log(self.options.removal / (1 - self.options.removal)))
         if row.name == "g1" and identity:
             return orthogonal_(value, generator=generator)
         if row.name in ("w2", "a2", "v2") or (row.name == "g2" and not identity):

@@ -27,8 +27,8 @@ class GatedDeltaNetOptions(MixerOptions):
     gate: bool = option(True, "output gate 2 sigmoid(x W), one at the start")
     out_norm: str = option("none", "norm over each head's output", choices=("none", "rms"))
     conv: int = option(0, "taps of a causal depthwise convolution on q, k and v; 0: none", low=0, high=8)
-    beta: float = option(0.5, "write strength at the start", low=0.01, high=0.99)
-    half_life_min: float = option(16.0, "tokens after which the fastest head has forgotten half", low=1.0, high=1e6)
+    beta: float = option(0.2, "write strength at the start", low=0.01, high=0.99)
+    half_life_min: float = option(2.0, "tokens after which the fastest head has forgotten half", low=1.0, high=1e6)
     half_life_max: float = option(1024.0, "tokens after which the slowest head has forgotten half", low=1.0, high=1e7)
 
 

@@ -27,7 +27,10 @@ class RWKV7Options(MixerOptions):
     unit_keys: bool = option(True, "receptance and write key of unit length, times a learnt scale (the paper: false)")
     group_norm: bool = option(False, "normalise each head's output (the released code; unstable from 14B upwards)")
     value_residual: bool = option(True, "mix in the values of the lowest converted layer")
-    value_start: float = option(1.0, "v0 at the start: sigmoid(v0) of the value comes from there", low=-10.0, high=10.0)
+    value_start: float = option(
+        -4.0, "v0 at the start: sigmoid(v0) of the value comes from there (the paper: 1)", low=-10.0, high=10.0
+    )
+    removal: float = option(0.05, "removal strength a at the start (the paper: 0.5)", low=0.01, high=0.99)
     gate_init: str = option(
         "identity",
         "output gate at the start: one everywhere, or the paper's small random values",
@@ -79,7 +82,7 @@ class RWKV7Spec(MixerSpec):
         rows = attention_rows(geometry, expand_kv=options.expand_kv)
         rows.append(TensorSpec("w0", (inner,), "new", ramp, fp32=True))
         rows += low_rank("w", "0", "orthogonal, 0.1")
-        rows.append(TensorSpec("a0", (inner,), "new", "0"))
+        rows.append(TensorSpec("a0", (inner,), "new", f"logit of {options.removal:g}"))
         rows += low_rank("a", "0", "orthogonal, 0.1")
         if options.value_residual and not first:
             rows.append(TensorSpec("v0", (inner,), "new", f"{options.value_start:g}"))
