@@ -72,7 +72,7 @@ def decode(
         raise UserError(f"--lengths: {error}. For example: --lengths 1Ki,16Ki") from None
     model, _ = load_model(folder)
     if len(wanted) == 2:
-        _show({"lengths": wanted, **decode_ratio(model, *wanted, repeats)}, json)
+        _show({"lengths": wanted, **decode_ratio(model, wanted[0], wanted[1], repeats)}, json)
         return
     timed = decode_ms_per_token(model, wanted, repeats)
     _show({f"{length} tokens": values["median_ms"] for length, values in timed.items()} | {"unit": "ms/token"}, json)
