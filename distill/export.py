@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import __version__
 from . import checkpoint, families, run_folder
+from .card import model_card
 from .errors import UserError
 from .files import commit_directory
 from .flatten import auto_map, modelling_files
@@ -37,6 +38,7 @@ def export(
     overwrite: bool = False,
     teacher: Teacher | None = None,
     student: Any = None,
+    result: dict[str, Any] | None = None,
 ) -> Path:
     """Export a saved step of a run.
 
@@ -48,6 +50,7 @@ def export(
         overwrite: replace an export that stands there already.
         teacher: of the run, where it is loaded already.
         student: the model to write as it is, where it is at hand already; `step` is then not read.
+        result: what the model card tells of it.
 
     Returns:
         The folder.
@@ -65,6 +68,7 @@ def export(
     extra: dict[str, str | Path] = {
         name: run / name for name in ("recipe.yaml", "metrics.jsonl", "loss.png") if (run / name).exists()
     }
+    extra["README.md"] = model_card(record, (run / "recipe.yaml").read_text(encoding="utf-8"), result)
     return export_student(student, teacher.folder, out, dtype=dtype, extra=extra, overwrite=overwrite)
 
 

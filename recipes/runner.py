@@ -465,7 +465,15 @@ def _finish(session: Session) -> dict[str, Any]:
     result["rows"] = to_json(rows)
     if session.results:
         loss_curves(folder / "metrics.jsonl", folder / "loss.png")
-    export(folder, "best", folder / "export", overwrite=True, student=session.student, teacher=session.teacher)
+    export(
+        folder,
+        "best",
+        folder / "export",
+        overwrite=True,
+        student=session.student,
+        teacher=session.teacher,
+        result=result,
+    )
     files.write_text(folder / "result.txt", text + "\n")
     files.write_json(folder / "result.json", result)
     return result | {"table": text}

@@ -64,6 +64,9 @@ def test_result_says_what_happened(first: Path) -> None:
     assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight"} <= set(changed)
     report = json.loads((first / "transfer.json").read_text())
     assert report["0"]["copied"]["q_proj.weight"] == "q_proj.weight"
+    card = (first / "export" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n") and "| 0, 1, 2 | gated_deltanet |" in card
+    assert f"{result['fidelity']['kl']:.4f}" in card and "schema: 1" in card and "base_model" not in card
     for name in ("recipe.yaml", "metrics.jsonl", "loss.png", "result.txt", "export/recipe.yaml"):
         assert (first / name).stat().st_size > 0
 
