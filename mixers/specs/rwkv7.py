@@ -28,7 +28,7 @@ class RWKV7Options(MixerOptions):
     group_norm: bool = option(False, "normalise each head's output (the released code; unstable from 14B upwards)")
     value_residual: bool = option(True, "mix in the values of the lowest converted layer")
     value_start: float = option(
-        -4.0, "v0 at the start: sigmoid(v0) of the value comes from there (the paper: 1)", low=-10.0, high=10.0
+        -4.0, "v0 at the start: sigmoid(v0) of the value comes from there (the paper: 1)", low=-6.0, high=6.0
     )
     removal: float = option(0.05, "removal strength a at the start (the paper: 0.5)", low=0.01, high=0.99)
     gate_init: str = option(
