@@ -70,9 +70,12 @@ def ls(
     if json:
         data_json(found if kind is None else found[str(kind)])
         return
+    singular = {Kind.MIXERS: "mixer", Kind.RECIPES: "recipe", Kind.FAMILIES: "family", Kind.TEACHERS: "teacher"}
+    tables = []
     for name, rows in found.items():
         header = list(rows[0]) if rows else ["name"]
-        data(table([list(row.values()) for row in rows], [name[:-1], *header[1:]]) + ("\n" if kind is None else ""))
+        tables.append(table([list(row.values()) for row in rows], [singular[Kind(name)], *header[1:]]))
+    data("\n\n".join(tables))
 
 
 def _mixers() -> list[dict[str, Any]]:

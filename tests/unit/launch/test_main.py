@@ -122,6 +122,9 @@ def test_lists_are_tables(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("mixer ")
     assert [line.split()[0] for line in lines[1:]] == look.registry.names()
+    assert cli.main(["ls"]) == 0
+    tables = capsys.readouterr().out.split("\n\n")
+    assert [text.split()[0] for text in tables] == ["mixer", "recipe", "family", "teacher"]
 
 
 @pytest.mark.parametrize("name", look.registry.names())
