@@ -19,6 +19,25 @@ def test_every_parameter_receives_a_gradient(name, options, small, make_stack, m
         assert parameter.grad.abs().max() > 0, f"{key} is not used"
 
 
+def test_gradients_are_slopes(name, options, small, make_stack, make_tokens):
+    """Autograd against a finite difference, one direction per parameter: nothing is cut off on the way."""
+    stack = make_stack(name, options, small).double()
+    x, target = make_tokens(2, 20, small.hidden_size), make_tokens(2, 20, small.hidden_size, seed=1)
+
+    def value():
+        return (stack(x) * target).sum()
+
+    parameters = dict(stack.named_parameters())
+    grads = torch.autograd.grad(value(), list(parameters.values()))
+    with torch.no_grad():
+        for (key, parameter), grad in zip(parameters.items(), grads, strict=True):
+            start, step = parameter.clone(), 1e-5 * grad / grad.norm()
+            ends = [float(value()) for sign in (1, -1) if parameter.copy_(start + sign * step) is not None]
+            parameter.copy_(start)
+            slope = (ends[0] - ends[1]) / (2 * float(step.norm()))
+            assert abs(slope / float(grad.norm()) - 1) < 1e-4, key
+
+
 def test_parameters_can_leave_their_first_values(name, options, small, make_tokens):
     """After one optimiser step from the initial values every parameter can move: no product of two zeros."""
     parsed = registry.spec(name).options.parse(options)
