@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..distill import checkpoint, files
-from ..distill.errors import RunFailed, UserError
+from ..distill.errors import RunFailed
 from ..distill.student import assemble, transfer
 from ..distill.teacher import Teacher, load_model, load_teacher
 from ..distill.verify import verify
@@ -49,16 +49,20 @@ def quickstart(out: Path, progress: Progress | None = None, overrides: list[str]
         What summary.json holds, and `table`, the same as text.
 
     Raises:
-        UserError: `out` holds something else.
+        UserError: `out` holds other runs.
         RunFailed: an export does not pass its verification.
     """
     progress = progress or Silent()
     began = time.monotonic()
     if (out / "summary.json").exists():
-        raise UserError(f"{out}: holds a finished quickstart. Remove it or choose another folder: --out DIR")
+        progress.note(f"{out}: holds a finished quickstart; here it is. To repeat it: --out ANOTHER_FOLDER")
+        held = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+        return held | {"table": (out / "summary.txt").read_text(encoding="utf-8").rstrip("\n")}
     changes = list(overrides or [])
     linear_recipe = loader.load("quickstart", [*changes, f"save.dir={out / 'all-linear'}"])
     linear = run(linear_recipe, resume=True, progress=progress)
+    if linear["status"] != "complete":
+        return linear
     teacher = load_teacher(locate(linear_recipe.teacher.model))
     chosen = _best_layer(linear_recipe, teacher, out, progress)
     layer = chosen["layer"]
@@ -67,9 +71,8 @@ def quickstart(out: Path, progress: Progress | None = None, overrides: list[str]
         [*changes, f"save.dir={out / 'hybrid'}", f"layers.keep={layer}", *_without_align(linear_recipe)],
     )
     hybrid = run(hybrid_recipe, resume=True, progress=progress, start=out / "all-linear")
-    for result in (linear, hybrid):
-        if result["status"] != "complete":
-            return result
+    if hybrid["status"] != "complete":
+        return hybrid
     rows, models, cells = _rows(linear, hybrid, layer, teacher, progress)
     reports = {name: _verified(Path(result["export"]), progress) for name, result in _named(linear, hybrid).items()}
     text = to_text(rows, title=f"The embedded teacher ({linear['teacher']}), converted")

@@ -230,8 +230,8 @@ def _refuse_overlap(valid_source: str, sources: list[str]) -> None:
     for source in sources:
         if both := held & {path.resolve() for path in local_files(source) or []}:
             raise UserError(
-                f"data.valid_source={valid_source}: {min(both)} is training data too ({source}); expected other files; "
-                "leave valid_source out to hold out a part"
+                f"data.valid={valid_source}: {min(both)} is training data too ({source}); expected other files; "
+                "leave data.valid out to hold out a part"
             )
 
 
@@ -252,7 +252,7 @@ def _held_out(part: Part, tokenizer: Any, documents: int, tokens: int) -> Tokens
     if not len(valid):
         raise UserError(
             f"{part.source}: none of the first {min(scanned, _SCAN)} records fell into the held-out share of "
-            f"{fraction}; set data.valid_source=FILE, a larger share, or 0 for none"
+            f"{fraction}; set data.valid=FILE, a larger share, or 0 for none"
         )
     return valid
 

@@ -256,7 +256,7 @@ def test_empty_and_short_data(tmp_path: Path, tokenizer: Any) -> None:
     for name in ("empty.jsonl", "short.jsonl"):
         with pytest.raises(UserError, match=rf"{name}: \d+ tokens to train on, fewer than one sequence"):
             source(name, stream=True, valid_fraction=0).next_batch()
-    with pytest.raises(UserError, match=r"short.jsonl: none of the first .* data.valid_source"):
+    with pytest.raises(UserError, match=r"short.jsonl: none of the first .* data.valid=FILE"):
         source("short.jsonl", stream=True)
     with pytest.raises(UserError, match=r"short.txt; to stream, expected only"):
         source("short.txt", stream=True, valid_fraction=0)
