@@ -14,7 +14,7 @@ from .. import __version__
 from ..mixers import registry
 from .families import Family
 
-_ROOT = __package__.rsplit(".", 1)[0]
+_ROOT = __name__.rsplit(".", 2)[0]
 
 
 def modelling_files(family: Family, mixers: list[str]) -> dict[str, str]:

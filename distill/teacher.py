@@ -257,7 +257,7 @@ def _load(folder: Path, dtype: str, device: str, cls: Any = None, **kwargs: Any)
     disable_progress_bar()  # relinear shows its own progress
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    loader = cls or AutoModelForCausalLM
+    loader: Any = cls or AutoModelForCausalLM
     try:
         model, info = loader.from_pretrained(folder, dtype=getattr(torch, dtype), output_loading_info=True, **kwargs)
     except (RuntimeError, ValueError, OSError, KeyError) as error:

@@ -30,9 +30,10 @@ def main(folder: str, work: str) -> None:
 
     torch.manual_seed(0)
     results: dict[str, Any] = {}
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
     )
+    model, info = loaded
     model.eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     reference = load_file(Path(work) / "reference.safetensors")
@@ -104,7 +105,7 @@ def main(folder: str, work: str) -> None:
         low = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16).eval()
         keep = tuple(low._keep_in_fp32_modules_strict or ())
         wrong = [n for n, p in low.named_parameters() if n.endswith(keep) and p.dtype != torch.float32] if keep else []
-        finite = torch.isfinite(low(ids, use_cache=False).logits).all().item()
+        finite = bool(torch.isfinite(low(ids, use_cache=False).logits).all())
         return not wrong and finite, f"fp32 kept: {', '.join(keep)}" if not wrong else f"cast: {wrong}"
 
     def text() -> tuple[bool, str]:

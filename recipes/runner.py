@@ -213,7 +213,7 @@ def _tracker(recipe: Recipe, folder: Path) -> Callable[[dict[str, Any]], None]:
     if recipe.track.wandb is None:
         return lambda record: None
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]  (an extra)
     except ImportError:
         raise MachineError(
             "track.wandb: the package wandb is not installed. Install it: pip install 'relinear[wandb]', or write "

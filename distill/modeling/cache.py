@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionLayer
 
 
-class MixerCacheLayer(LinearAttentionLayer, CacheLayerMixin):
+class MixerCacheLayer(LinearAttentionLayer, CacheLayerMixin):  # pyright: ignore[reportIncompatibleMethodOverride]
     """transformers' linear-attention cache layer with what the stock one lacks.
 
     It counts tokens (so that a model without any attention layer still knows its length), marks that it has a previous
@@ -39,7 +39,7 @@ class MixerCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         if self.states:
             self.device, self.dtype = self.states[0].device, self.states[0].dtype
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def update(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse keys and values: this layer has none.
 
         Raises:

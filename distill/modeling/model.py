@@ -96,7 +96,7 @@ def model_classes(
         config_class = config_type
 
         def __init__(self, config: Any) -> None:
-            super().__init__(config)
+            super().__init__(config)  # pyright: ignore[reportCallIssue]
             built = build_mixers(config, mixers)
             self.mixer_layers = sorted(built)
             for layer, mixer in built.items():
@@ -130,8 +130,7 @@ def model_classes(
                 )
             if (input_ids is None) == (inputs_embeds is None):
                 raise ValueError("give exactly one of input_ids and inputs_embeds")
-            if inputs_embeds is None:
-                inputs_embeds = self.embed_tokens(input_ids)
+            embeds: torch.Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             if use_cache is None:
                 use_cache = bool(self.config.use_cache)
             if self.gradient_checkpointing and self.training:
@@ -140,16 +139,16 @@ def model_classes(
                 past_key_values = DynamicCache(config=self.config)
             if past_key_values is not None:
                 install_mixer_layers(past_key_values, self.mixer_layers)
-            if position_ids is None:
-                seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-                position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            arange = torch.arange(embeds.shape[1], device=embeds.device)[None] + seen
+            positions = arange if position_ids is None else position_ids
             return super().forward(
-                attention_mask=self._attention_masks(inputs_embeds, attention_mask, past_key_values, position_ids),
-                position_ids=position_ids,
+                attention_mask=self._attention_masks(embeds, attention_mask, past_key_values, positions),
+                position_ids=positions,
                 past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
+                inputs_embeds=embeds,
                 use_cache=use_cache,
-                mixer_inputs=self._mixer_inputs(inputs_embeds, attention_mask, past_key_values, position_ids),
+                mixer_inputs=self._mixer_inputs(embeds, attention_mask, past_key_values, positions),
                 **kwargs,
             )
 
@@ -201,7 +200,7 @@ def model_classes(
         config_class = config_type
 
         def __init__(self, config: Any) -> None:
-            super().__init__(config)
+            super().__init__(config)  # pyright: ignore[reportCallIssue]
             self.model = Model(config)
             self.post_init()
 
