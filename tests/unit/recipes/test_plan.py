@@ -149,8 +149,9 @@ def test_settings_are_complete(folder):
     recipe = loader.load("rwkv7", [f"teacher.model={folder(TINY)}", "data.source=x", "seed=5", "stages.glue.seed=7"])
     align = planner.stage_settings(recipe, recipe.stage("align"), 256)
     glue = planner.stage_settings(recipe, recipe.stage("glue"), 256)
-    assert (align["seed"], glue["seed"], align["loss"]) == (5, 7, "l2")
-    assert align["eval_every"] == align["save_every"] == recipe.stage("align").tokens // 10
+    assert (align["seed"], glue["seed"], align["loss"]) == (5, 7, "mse")
+    assert align["save_every"] == recipe.stage("align").tokens // 10
+    assert align["eval_every"] == recipe.eval.every == 500_000
     assert glue["train"] == "all" and "train" not in align
 
 
@@ -168,7 +169,7 @@ def test_settings_are_those_of_the_training_loop(folder):
     [
         (["layers.convert=none"], "no layer is converted: the result is the teacher itself"),
         (["mixers.gdn.conv=4"], "mixers.gated_deltanet: no layer uses it"),
-        (["stages.align.tokens=10k"], "align: warm-up takes 20 of 5 steps; lower stages.align.warmup"),
+        (["stages.align.tokens=10k"], "align: warm-up takes 50 of 20 steps; lower stages.align.warmup"),
         (["data.source=gone.txt"], "gone.txt is not there (yet): the run would stop at once"),
         (["stages=[{transfer: {}}, {glue: {tokens: 1M}}]"], "glue without align before it"),
     ],
