@@ -174,8 +174,9 @@ def open_session(
     source = recipe.teacher.model
     teacher = load_teacher(locate(source), recipe.teacher.revision, recipe.teacher.dtype, device)
     layers = layer_map(recipe, teacher.num_layers)
-    if not layers.converted:
-        raise UserError("layers: nothing is converted, so there is nothing to train. Write layers.convert=all")
+    trains = [stage.name for stage in recipe.stages if isinstance(stage, TrainingStage)]
+    if trains and not layers.converted:
+        raise UserError(f"layers: nothing is converted, so {trains[0]} has nothing to train. Write layers.convert=all")
     folder = Path(str(recipe.save.dir))
     record = {
         "recipe": recipe.to_dict(),

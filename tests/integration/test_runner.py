@@ -224,6 +224,18 @@ def test_a_full_disk_ends_with_exit_code_3_and_harms_nothing(
     assert main([*arguments, "stages.align.tokens=2k", "--out", str(out), "--resume"]) == 0
 
 
+def test_converting_nothing_exports_the_teacher_itself(teacher: Path, story_file: Path, tmp_path: Path) -> None:
+    from relinear.distill.teacher import load_model, load_teacher
+
+    given = [f"teacher.model={teacher}", f"data.source={story_file}", f"save.dir={tmp_path / 'run'}"]
+    result = runner.run(loader.load("rwkv7", [*given, "layers.convert=none", "stages=[{transfer: {}}]"]))
+    assert result["fidelity"]["kl"] == 0.0 and result["fidelity"]["perplexity_ratio"] == 1.0
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        same = load_model(result["export"])[0](ids).logits
+        assert torch.equal(same, load_teacher(teacher).model(ids).logits)
+
+
 def test_wandb_gets_the_metrics(
     teacher: Path, story_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
