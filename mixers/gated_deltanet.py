@@ -11,7 +11,6 @@ from torch.nn.functional import softplus
 from .base import MixerInputs, State
 from .heads import AttentionMixer, HeadNorm, unit, wide
 from .kernels import run
-from .ops.short_conv import short_conv
 from .specs.base import Geometry, TensorSpec, chunk_length
 from .specs.gated_deltanet import GatedDeltaNetOptions, GatedDeltaNetSpec
 
@@ -44,9 +43,6 @@ class GatedDeltaNet(AttentionMixer):
             self.out_norm = HeadNorm(geometry.head_dim, geometry.norm_eps)
         else:
             self.q_scale = nn.Parameter(torch.empty(heads))
-        if options.conv:
-            channels = inner + 2 * self.k_proj.out_features
-            self.conv = nn.Parameter(torch.empty(channels, options.conv))
         self.reset_parameters()
 
     def initial(self, row: TensorSpec, generator: torch.Generator | None) -> torch.Tensor:
@@ -73,15 +69,7 @@ class GatedDeltaNet(AttentionMixer):
     ) -> tuple[torch.Tensor, State]:
         """See the base class. State: the recurrence's (B, H, d, d), then the convolution's last inputs."""
         options = self.options
-        buffers: State = ()
-        q, k, v = self.project(x)
-        if options.conv:
-            widths = [q.shape[-1], k.shape[-1], v.shape[-1]]
-            mixed, buffer = short_conv(
-                torch.cat([q, k, v], -1), self.conv, state[1] if state else None, inputs.padding, inputs.segments
-            )
-            q, k, v = mixed.split(widths, -1)
-            buffers = (buffer,)
+        q, k, v, buffers = self.project(x, inputs, state)
         q, k, v = self.heads(q, k, v, rotary)
         q = unit(q) if options.unit_q else q * self.geometry.head_dim**-0.5
         if options.out_norm == "none":

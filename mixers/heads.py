@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import Mixer
+from .base import Mixer, MixerInputs, State
 from .ops.chunks import compute_dtype
+from .ops.short_conv import short_conv
 from .specs.base import Geometry
 
 
@@ -65,10 +66,29 @@ class AttentionMixer(Mixer):
         self.o_proj = nn.Linear(geometry.inner_size, geometry.hidden_size, bias=geometry.o_bias)
         self.q_norm = HeadNorm(geometry.head_dim, geometry.norm_eps) if geometry.qk_norm else nn.Identity()
         self.k_norm = HeadNorm(geometry.head_dim, geometry.norm_eps) if geometry.qk_norm else nn.Identity()
+        if options.conv:
+            self.conv = nn.Parameter(torch.empty(geometry.inner_size + 2 * kv_size, options.conv))
 
-    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries (B, T, H * d), keys and values (B, T, K * d), K being the key/value heads."""
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+    def project(
+        self, x: torch.Tensor, inputs: MixerInputs, state: State | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, State]:
+        """Queries (B, T, H * d), keys and values (B, T, K * d), K being the key/value heads, through the convolution.
+
+        Args:
+            x: (B, T, D) layer input.
+            inputs: padding and document borders.
+            state: of the mixer; the convolution's last inputs are its second tensor.
+
+        Returns:
+            Queries, keys, values, and what the convolution carries on: one tensor, or none without `conv`.
+        """
+        parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if not self.options.conv:
+            return *parts, ()
+        before = state[1] if state else None
+        mixed, buffer = short_conv(torch.cat(parts, -1), self.conv, before, inputs.padding, inputs.segments)
+        q, k, v = mixed.split([part.shape[-1] for part in parts], -1)
+        return q, k, v, (buffer,)
 
     def heads(
         self,

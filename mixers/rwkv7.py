@@ -58,6 +58,9 @@ class RWKV7(AttentionMixer):
     def initial(self, row: TensorSpec, generator: torch.Generator | None) -> torch.Tensor:
         """See the base class; the paper's values but for gate, removal and value residual (see the card)."""
         value = torch.zeros(row.shape)
+        if row.name == "conv":
+            value[:, -1] = 1.0
+            return value
         identity = self.options.gate_init == "identity"
         constants = {"v0": self.options.value_start, "k_k": 0.85} | dict.fromkeys(ONES, 1.0)
         if row.name == "w0":
@@ -79,9 +82,10 @@ class RWKV7(AttentionMixer):
         inputs: MixerInputs,
         state: State | None,
     ) -> tuple[torch.Tensor, State]:
-        """See the base class. State: the recurrence's (B, H, d, d)."""
+        """See the base class. State: the recurrence's (B, H, d, d), then the convolution's last inputs."""
         split = (self.geometry.num_heads, self.geometry.head_dim)
-        r, k, v = self.heads(*self.project(x), rotary)
+        r, k, v, buffers = self.project(x, inputs, state)
+        r, k, v = self.heads(r, k, v, rotary)
         k, v = self.repeat(k), self.residual(x, self.repeat(v), inputs)
         w = -LOG_DECAY_BOUND * (self.w0 + wide((x @ self.w1).tanh() @ self.w2)).sigmoid().unflatten(-1, split)
         a = wide(self.a0 + (x @ self.a1) @ self.a2).sigmoid().unflatten(-1, split)
@@ -111,7 +115,7 @@ class RWKV7(AttentionMixer):
         gate = (x @ self.g1).sigmoid() @ self.g2
         if self.options.gate_init == "identity":
             gate = self.g0 + gate
-        return self.o_proj(o.to(x.dtype) * gate), (S,)
+        return self.o_proj(o.to(x.dtype) * gate), (S, *buffers)
 
     def residual(self, x: torch.Tensor, v: torch.Tensor, inputs: MixerInputs) -> torch.Tensor:
         """Values of all heads, (B, T, H, d), mixed with those of the lowest converted layer; that layer stores its own.

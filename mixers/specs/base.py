@@ -151,12 +151,13 @@ def chunk_length(head_dim: int, chosen: int | None) -> int:
     return chosen or (16 if head_dim <= 16 else 32)
 
 
-def attention_rows(geometry: Geometry, *, expand_kv: bool) -> list[TensorSpec]:
-    """The rows that every mixer takes from attention: projections, their biases, q/k norms.
+def attention_rows(geometry: Geometry, *, expand_kv: bool, conv: int) -> list[TensorSpec]:
+    """The rows that every mixer takes from attention: projections, their biases, q/k norms; and what follows them.
 
     Args:
         geometry: of the attention being replaced.
         expand_kv: give every query head keys and values of its own (derived by repeating each head's rows).
+        conv: taps of the convolution on queries, keys and values; 0 for none.
     """
     hidden, inner = geometry.hidden_size, geometry.inner_size
     widths = {"q": inner, "k": inner if expand_kv else geometry.kv_size, "v": inner if expand_kv else geometry.kv_size}
@@ -174,7 +175,17 @@ def attention_rows(geometry: Geometry, *, expand_kv: bool) -> list[TensorSpec]:
         rows.append(TensorSpec("o_proj.bias", (hidden,), "copied", "o_proj.bias"))
     if geometry.qk_norm:
         rows += [TensorSpec(f"{p}_norm.weight", (geometry.head_dim,), "copied", f"{p}_norm.weight") for p in "qk"]
+    if conv:
+        origin = "identity: 1 at the token itself, 0 before it"
+        rows.append(TensorSpec("conv", (sum(widths.values()), conv), "new", origin))
     return rows
+
+
+def recurrent_bytes(geometry: Geometry, *, expand_kv: bool, conv: int) -> int:
+    """Bytes of an fp32 (H, d, d) state, and of the last taps of the convolution where there is one."""
+    kv = geometry.inner_size if expand_kv else geometry.kv_size
+    buffers = max(0, conv - 1) * (geometry.inner_size + 2 * kv)
+    return 4 * (geometry.num_heads * geometry.head_dim**2 + buffers)
 
 
 def attention_flops(geometry: Geometry, *, expand_kv: bool) -> int:

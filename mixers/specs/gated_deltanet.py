@@ -13,6 +13,7 @@ from .base import (
     attention_rows,
     chunk_length,
     option,
+    recurrent_bytes,
 )
 
 
@@ -45,9 +46,8 @@ class GatedDeltaNetSpec(MixerSpec):
     def tensors(geometry: Geometry, options: GatedDeltaNetOptions, *, first: bool, position: float) -> list[TensorSpec]:
         """The table; see the base class. Every layer has the same."""
         hidden, heads, inner = geometry.hidden_size, geometry.num_heads, geometry.inner_size
-        kv = inner if options.expand_kv else geometry.kv_size
         span = f"{options.half_life_min:g} to {options.half_life_max:g} tokens"
-        rows = attention_rows(geometry, expand_kv=options.expand_kv)
+        rows = attention_rows(geometry, expand_kv=options.expand_kv, conv=options.conv)
         rows += [
             TensorSpec("a_proj.weight", (heads, hidden), "new", "0: decay does not depend on the token yet"),
             TensorSpec("A_log", (heads,), "new", "0", fp32=True),
@@ -61,9 +61,6 @@ class GatedDeltaNetSpec(MixerSpec):
             rows.append(TensorSpec("g_proj.weight", (inner, hidden), "new", "0: gate is 1"))
         if options.out_norm == "rms":
             rows.append(TensorSpec("out_norm.weight", (geometry.head_dim,), "new", "1"))
-        if options.conv:
-            origin = "identity: 1 at the token itself, 0 before it"
-            rows.append(TensorSpec("conv", (inner + 2 * kv, options.conv), "new", origin))
         return rows
 
     @staticmethod
@@ -80,7 +77,5 @@ class GatedDeltaNetSpec(MixerSpec):
 
     @staticmethod
     def state_bytes(geometry: Geometry, options: GatedDeltaNetOptions) -> int:
-        """fp32 (H, d, d), and the last taps of the convolutions where there are any."""
-        kv = geometry.inner_size if options.expand_kv else geometry.kv_size
-        buffers = max(0, options.conv - 1) * (geometry.inner_size + 2 * kv)
-        return 4 * (geometry.num_heads * geometry.head_dim**2 + buffers)
+        """See `recurrent_bytes`."""
+        return recurrent_bytes(geometry, expand_kv=options.expand_kv, conv=options.conv)

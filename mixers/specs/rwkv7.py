@@ -13,6 +13,7 @@ from .base import (
     attention_rows,
     chunk_length,
     option,
+    recurrent_bytes,
 )
 
 
@@ -23,6 +24,7 @@ class RWKV7Options(MixerOptions):
     chunk: int | None = option(None, "tokens per chunk; null picks by head size", choices=(None, 16, 32, 64))
     rope: bool = option(True, "rotate receptances and keys as the attention did")
     expand_kv: bool = option(False, "give every query head keys and values of its own instead of sharing in groups")
+    conv: int = option(0, "taps of a causal depthwise convolution on r, k and v; 0: none", low=0, high=8)
     balance_state: bool = option(True, "write k (1 - w + a), as much as decay and removal take (the paper's mixer)")
     unit_keys: bool = option(True, "receptance and write key of unit length, times a learnt scale (the paper: false)")
     group_norm: bool = option(False, "normalise each head's output (the released code; unstable from 14B upwards)")
@@ -79,7 +81,7 @@ class RWKV7Spec(MixerSpec):
             ]
 
         ramp = f"-6.5 + 5 (n / (C - 1))^{0.85 + position**0.5:.2f} over channels n"
-        rows = attention_rows(geometry, expand_kv=options.expand_kv)
+        rows = attention_rows(geometry, expand_kv=options.expand_kv, conv=options.conv)
         rows.append(TensorSpec("w0", (inner,), "new", ramp, fp32=True))
         rows += low_rank("w", "0", "orthogonal, 0.1")
         rows.append(TensorSpec("a0", (inner,), "new", f"logit of {options.removal:g}"))
@@ -116,5 +118,5 @@ class RWKV7Spec(MixerSpec):
 
     @staticmethod
     def state_bytes(geometry: Geometry, options: RWKV7Options) -> int:
-        """fp32 (H, d, d)."""
-        return 4 * geometry.num_heads * geometry.head_dim**2
+        """See `recurrent_bytes`."""
+        return recurrent_bytes(geometry, expand_kv=options.expand_kv, conv=options.conv)
