@@ -31,6 +31,7 @@ SMALL = [
     "data.seq_len=64",
     "eval.tokens=1k",
     "save.every=1k",
+    "eval.every=1k",
 ]
 
 
