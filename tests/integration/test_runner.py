@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -86,30 +87,46 @@ def test_the_same_recipe_gives_the_same_bits(first: Path, teacher: Path, story_f
     assert again.keys() == before.keys() and all(torch.equal(again[name], before[name]) for name in before)
 
 
+def changes(process: subprocess.Popen[bytes], folder: Path, count: int) -> bool:
+    """Wait until files below `folder` appeared, vanished or grew `count` times; False where the process ended first."""
+    before: dict[str, int] = {}
+    while process.poll() is None:
+        now: dict[str, int] = {}
+        for place, _, names in os.walk(folder):
+            for name in names:
+                with contextlib.suppress(OSError):  # gone again
+                    now[f"{place}/{name}"] = os.stat(f"{place}/{name}").st_size
+        count -= now != before
+        if count <= 0:
+            return True
+        before = now
+        time.sleep(0.003)
+    return False
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(
     first: Path, teacher: Path, story_file: Path, tmp_path: Path
 ) -> None:
-    """kill -9 on the real command, again and again, until a resumed one comes to its end."""
+    """kill -9 on the real command after some changes in its folder, again and again, until one comes to its end."""
     out = tmp_path / "killed"
     arguments = ["run", "gated_deltanet", f"teacher.model={teacher}", f"data.source={story_file}", *SMALL]
-    command = [sys.executable, "-m", "relinear.launch.main", *arguments, "--out", str(out), "--resume"]
+    code = "import sys; from relinear.launch.main import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *arguments, "--out", str(out), "--resume"]
     rng = random.Random(5)
     kills = 0
-    for _ in range(40):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ.copy())
-        try:
-            _, err = process.communicate(timeout=8 + 6 * rng.random() + kills)
-        except subprocess.TimeoutExpired:
+    for _ in range(30):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        if changes(process, out, rng.randint(2, 8) + 4 * kills):
             process.send_signal(signal.SIGKILL)
-            process.communicate()
             kills += 1
-            continue
-        assert process.returncode == 0, err.decode()
-        break
+        _, err = process.communicate()
+        if process.returncode != -signal.SIGKILL:
+            assert process.returncode == 0, err.decode()
+            break
     else:
         pytest.fail("never came to its end")
-    assert kills > 0
+    assert kills > 2
     again, before = weights(out), weights(first)
     assert all(torch.equal(again[name], before[name]) for name in before)
 
