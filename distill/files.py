@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -149,7 +150,7 @@ class MetricsLog:
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a line. Numbers that are not finite become null, so that every reader can read the file."""
-        line = (json.dumps(_finite(record), ensure_ascii=False) + "\n").encode("utf-8")
+        line = (json.dumps(finite(record), ensure_ascii=False) + "\n").encode("utf-8")
         with disk_guard(self.path, len(line)):
             self._file.write(line)
             self._file.flush()
@@ -202,12 +203,13 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Plain values with None where a number is NaN or infinite, for JSON that others can read."""
     if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return [finite(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
 

@@ -11,6 +11,7 @@ from ..mixers import registry
 from ..mixers.base import Mixer
 from ..mixers.transfer import transfer as transfer_weights
 from .modeling.classes import student_classes
+from .modeling.config import is_first
 from .teacher import Teacher
 
 Plan = dict[int, tuple[str, dict[str, Any]]]
@@ -34,8 +35,7 @@ def transfer(teacher: Teacher, plan: Plan, seed: int = 0) -> tuple[dict[int, Mix
     reports: dict[int, Any] = {}
     for layer, (name, options) in sorted(plan.items()):
         cls = registry.module(name)
-        first = layer == min(index for index, (other, _) in plan.items() if other == name)
-        mixer = cls(teacher.geometry, cls.spec.options.parse(options), layer, teacher.num_layers, first)
+        mixer = cls(teacher.geometry, cls.spec.options.parse(options), layer, teacher.num_layers, is_first(plan, layer))
         attention = {key: value.float() for key, value in teacher.attention(layer).state_dict().items()}
         generator = torch.Generator().manual_seed(seed * 10_007 + layer)
         reports[layer] = transfer_weights(mixer, attention, generator)

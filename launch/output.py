@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+from ..distill.files import finite
 
 
 def data(text: str) -> None:
@@ -22,7 +23,7 @@ def only_talk() -> contextlib.AbstractContextManager[Any]:
 
 def data_json(value: Any) -> None:
     """Write a command's result to stdout as JSON; NaN and infinities become null, which JSON can hold."""
-    data(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+    data(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def talk(text: str) -> None:
@@ -56,13 +57,3 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes}m{rest:02d}s"
     return f"{minutes // 60}h{minutes % 60:02d}m"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value

@@ -284,8 +284,7 @@ def _carry_out(session: Session, stage: Any, start: Path | None, stopped: Callab
         pack=session.recipe.data.pack,
         shuffle_buffer=session.recipe.data.shuffle_buffer,
     )
-    begun = session.folder / "checkpoints"
-    newest = checkpoint.Checkpoints(begun).newest(stage.name) if session.resume else None
+    newest = checkpoint.Checkpoints(session.folder / "checkpoints").newest(stage.name) if session.resume else None
     session.progress.stage(stage.name, settings.tokens, newest.state["tokens"] if newest else 0)
     result = run_stage(
         made,

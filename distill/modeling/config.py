@@ -69,6 +69,11 @@ def mixer_plan(config: Any) -> dict[int, tuple[str, dict[str, Any]]]:
     return plan
 
 
+def is_first(plan: dict[int, tuple[str, dict[str, Any]]], layer: int) -> bool:
+    """Whether `layer` is the lowest that its mixer takes: the source of what couples the mixer's layers."""
+    return layer == min(index for index, (name, _) in plan.items() if name == plan[layer][0])
+
+
 def geometry(config: Any) -> Geometry:
     """The geometry that a student's config states."""
     return Geometry(**config.geometry)

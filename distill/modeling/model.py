@@ -15,7 +15,7 @@ from transformers.masking_utils import (
 
 from ...mixers.base import Mixer, MixerInputs
 from .cache import install_mixer_layers
-from .config import geometry, mixer_plan
+from .config import geometry, is_first, mixer_plan
 
 
 class Family(NamedTuple):
@@ -37,9 +37,8 @@ def build_mixers(config: Any, classes: dict[str, type[Mixer]]) -> dict[int, Mixe
     built: dict[int, Mixer] = {}
     for layer, (name, options) in plan.items():
         mixer = classes[name]
-        # The lowest layer of a mixer is the source of what couples its layers (RWKV-7's value residual).
-        first = layer == min(index for index, (other, _) in plan.items() if other == name)
-        built[layer] = mixer(shape, mixer.spec.options.parse(options), layer, config.num_hidden_layers, first)
+        chosen = mixer.spec.options.parse(options)
+        built[layer] = mixer(shape, chosen, layer, config.num_hidden_layers, is_first(plan, layer))
     return built
 
 
