@@ -29,7 +29,7 @@ class Family:
     prefix: str
     qkv_bias: str | bool = False
     o_bias: str | bool = False
-    qk_norm: bool = False
+    qk_norm: str = ""
     masks_by_type: bool = False
     layers: str = "model.layers"
     attention: str = "self_attn"
@@ -74,7 +74,14 @@ FAMILIES: dict[str, Family] = {
         Family("llama", "Llama", qkv_bias="attention_bias", o_bias="attention_bias"),
         Family("mistral", "Mistral"),
         Family("qwen2", "Qwen2", qkv_bias=True, masks_by_type=True),
-        Family("qwen3", "Qwen3", qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, masks_by_type=True),
+        Family(
+            "qwen3",
+            "Qwen3",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            qk_norm="head",
+            masks_by_type=True,
+        ),
     )
 }
 

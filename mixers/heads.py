@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn.functional import layer_norm, silu
 
 from .base import Mixer, MixerInputs, State
 from .ops.chunks import compute_dtype
 from .ops.short_conv import short_conv
-from .specs.base import Geometry
+from .specs.base import Geometry, TensorSpec
+from .specs.heads import GatedOptions
+
+GROUP_EPS = 1e-5
+SILU_ONE = 1.2784645427610738
+"""silu of this is one: a silu gate with zero weights lets everything pass."""
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm over the channels of one head, in fp32 as transformers' Qwen3RMSNorm does it."""
+    """RMSNorm over the last dimension, in fp32 as transformers' Qwen3RMSNorm does it.
 
-    def __init__(self, dim: int, eps: float) -> None:
+    Args:
+        dim: its size.
+        eps: added to the mean square.
+        offset: added to the weight (Gemma 3: 1).
+    """
+
+    def __init__(self, dim: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
+        self.offset = offset
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise (..., dim) in the dtype of x."""
         full = wide(x)
         full = full * torch.rsqrt(full.square().mean(-1, keepdim=True) + self.eps)
+        if self.offset:
+            return (full * (self.offset + wide(self.weight))).to(x.dtype)
         return self.weight * full.to(x.dtype)
 
 
@@ -33,18 +48,23 @@ def wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(compute_dtype(x.dtype))
 
 
-def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotary embedding in transformers' rotate-half convention.
+def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], interleaved: bool = False) -> torch.Tensor:
+    """Rotary embedding in transformers' conventions.
 
     Args:
         x: (B, T, H, d).
         rotary: cos and sin, (B or 1, T, r) with r <= d; channels from r on are left as they are.
+        interleaved: channels 2i and 2i + 1 turn together (Cohere), else i and i + r/2.
     """
     cos, sin = (part.unsqueeze(2).to(x.dtype) for part in rotary)
     size = cos.shape[-1]
     turned, rest = (x, None) if size == x.shape[-1] else (x[..., :size], x[..., size:])
-    first, second = turned.chunk(2, -1)
-    turned = turned * cos + torch.cat([-second, first], -1) * sin
+    if interleaved:
+        half = torch.stack([-turned[..., 1::2], turned[..., ::2]], -1).flatten(-2)
+    else:
+        first, second = turned.chunk(2, -1)
+        half = torch.cat([-second, first], -1)
+    turned = turned * cos + half * sin
     return turned if rest is None else torch.cat([turned, rest], -1)
 
 
@@ -55,62 +75,131 @@ def unit(x: torch.Tensor) -> torch.Tensor:
 
 
 class AttentionMixer(Mixer):
-    """A mixer with the projections of the attention it replaces, under their own names."""
+    """A mixer with the projections of the attention it replaces, under their own names.
+
+    A subclass implements `recurrence`, between the heads that attention had and what makes the layer's output of them:
+    a norm per head and a gate where the options are `GatedOptions`, then the output projection.
+    """
+
+    states: ClassVar[int] = 1
+    """Tensors of the recurrence's state; the convolution's last inputs come after them."""
 
     def __init__(self, geometry: Geometry, options: Any, layer_idx: int, num_layers: int, first: bool) -> None:
         super().__init__(geometry, options, layer_idx, num_layers, first)
-        kv_size = geometry.inner_size if options.expand_kv else geometry.kv_size
-        self.q_proj = nn.Linear(geometry.hidden_size, geometry.inner_size, bias=geometry.qkv_bias)
-        self.k_proj = nn.Linear(geometry.hidden_size, kv_size, bias=geometry.qkv_bias)
-        self.v_proj = nn.Linear(geometry.hidden_size, kv_size, bias=geometry.qkv_bias)
-        self.o_proj = nn.Linear(geometry.inner_size, geometry.hidden_size, bias=geometry.o_bias)
-        self.q_norm = HeadNorm(geometry.head_dim, geometry.norm_eps) if geometry.qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(geometry.head_dim, geometry.norm_eps) if geometry.qk_norm else nn.Identity()
+        inner, hidden = geometry.inner_size, geometry.hidden_size
+        kv_size = inner if options.expand_kv else geometry.kv_size
+        self.q_proj = nn.Linear(hidden, inner, bias=geometry.qkv_bias)
+        self.k_proj = nn.Linear(hidden, kv_size, bias=geometry.qkv_bias)
+        self.v_proj = nn.Linear(hidden, kv_size, bias=geometry.qkv_bias)
+        self.o_proj = nn.Linear(inner, hidden, bias=geometry.o_bias)
+        if geometry.qk_norm:
+            sizes = {"head": (geometry.head_dim, geometry.head_dim), "full": (inner, kv_size)}[geometry.qk_norm]
+            self.q_norm, self.k_norm = (HeadNorm(n, geometry.norm_eps, float(geometry.norm_offset)) for n in sizes)
         if options.conv:
-            self.conv = nn.Parameter(torch.empty(geometry.inner_size + 2 * kv_size, options.conv))
+            self.conv = nn.Parameter(torch.empty(inner + 2 * kv_size, options.conv))
+        if isinstance(options, GatedOptions):
+            if options.gate != "none":
+                self.g_proj = nn.Linear(hidden, inner, bias=False)
+            if options.out_norm == "group":
+                self.out_norm = nn.GroupNorm(geometry.num_heads, inner, eps=GROUP_EPS)
+            elif options.out_norm != "none":
+                self.out_norm = HeadNorm(geometry.head_dim, geometry.norm_eps)
+
+    def initial(self, row: TensorSpec, generator: torch.Generator | None) -> torch.Tensor:
+        """See the base class: the rows that specs/heads.py adds, and zeros for any other."""
+        value = torch.zeros(row.shape)
+        if row.name == "conv":
+            value[:, -1] = 1.0
+        elif row.name == "out_norm.weight":
+            value.fill_(1.0)
+        return value
+
+    def recurrence(
+        self,
+        x: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        inputs: MixerInputs,
+        state: State | None,
+    ) -> tuple[torch.Tensor, State]:
+        """Mix tokens, head by head.
+
+        Args:
+            x: (B, T, D) layer input, for decays and gates.
+            q: (B, T, H, d) queries as attention would score them, but for its scale.
+            k: (B, T, K, d) keys; K is H with `expand_kv`. `repeat` gives every query head its own.
+            v: (B, T, K, d) values.
+            inputs: padding, document borders and shared values.
+            state: the first `states` tensors of the mixer's state, None at the start.
+
+        Returns:
+            (B, T, H, d) and the new state.
+        """
+        raise NotImplementedError
+
+    def mix(
+        self,
+        x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        inputs: MixerInputs,
+        state: State | None,
+    ) -> tuple[torch.Tensor, State]:
+        """See the base class. State: the recurrence's tensors, then the convolution's last inputs."""
+        held, taps = (state[: self.states], state[self.states]) if state and self.options.conv else (state, None)
+        q, k, v, buffers = self.project(x, inputs, taps)
+        q, k = self.turn(q, k, rotary) if self.options.rope else (q, k)
+        o, new = self.recurrence(x, q, k, v, inputs, held)
+        return self.output(x, o), (*new, *buffers)
 
     def project(
-        self, x: torch.Tensor, inputs: MixerInputs, state: State | None
+        self, x: torch.Tensor, inputs: MixerInputs, taps: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, State]:
-        """Queries (B, T, H * d), keys and values (B, T, K * d), K being the key/value heads, through the convolution.
+        """Queries (B, T, H, d), keys and values (B, T, K, d), through convolution and norms, not yet rotated.
 
         Args:
             x: (B, T, D) layer input.
             inputs: padding and document borders.
-            state: of the mixer; the convolution's last inputs are its second tensor.
+            taps: the convolution's last inputs, None at the start.
 
         Returns:
             Queries, keys, values, and what the convolution carries on: one tensor, or none without `conv`.
         """
-        parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if not self.options.conv:
-            return *parts, ()
-        before = state[1] if state else None
-        mixed, buffer = short_conv(torch.cat(parts, -1), self.conv, before, inputs.padding, inputs.segments)
-        q, k, v = mixed.split([part.shape[-1] for part in parts], -1)
-        return q, k, v, (buffer,)
+        parts, buffers = (self.q_proj(x), self.k_proj(x), self.v_proj(x)), ()
+        if self.options.conv:
+            sizes = [part.shape[-1] for part in parts]
+            mixed, buffer = short_conv(torch.cat(parts, -1), self.conv, taps, inputs.padding, inputs.segments)
+            parts, buffers = mixed.split(sizes, -1), (buffer,)
+        q, k, v = parts
+        if self.geometry.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.unflatten(-1, (-1, self.geometry.head_dim)) for part in (q, k, v))
+        if self.geometry.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v, buffers
 
-    def heads(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Split into heads, (B, T, H or K, d), and normalise and rotate queries and keys as the attention did.
+    def turn(
+        self, q: torch.Tensor, k: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys, (B, T, heads, d), rotated as the attention did.
 
         Raises:
             ValueError: the attention was rotary and `rotary` is None.
         """
-        q, k, v = (part.unflatten(-1, (-1, self.geometry.head_dim)) for part in (q, k, v))
-        q, k = self.q_norm(q), self.k_norm(k)
-        if self.geometry.rope and self.options.rope:
-            if rotary is None:
-                raise ValueError(
-                    f"layer {self.layer_idx}: rope is on but the model gave no position_embeddings; set rope: false"
-                )
-            q, k = rotate(q, rotary), rotate(k, rotary)
-        return q, k, v
+        if not self.geometry.rope:
+            return q, k
+        if rotary is None:
+            raise ValueError(
+                f"layer {self.layer_idx}: rope is on but the model gave no position_embeddings; set rope: false"
+            )
+        interleaved = self.geometry.rotary == "interleaved"
+        return rotate(q, rotary, interleaved), rotate(k, rotary, interleaved)
+
+    def scaled(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys for a recurrence that takes any length (`LinearOptions`): unit, or queries by the scale."""
+        if self.options.qk_norm == "unit":
+            return unit(q), unit(k)
+        return wide(q) * self.geometry.query_scale, k
 
     def repeat(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, K, ...) -> (B, T, H, ...): each key/value head serves its group of query heads, in their order."""
@@ -118,3 +207,21 @@ class AttentionMixer(Mixer):
         if group == 1:
             return x
         return x.unsqueeze(3).expand(*x.shape[:3], group, *x.shape[3:]).flatten(2, 3)
+
+    def output(self, x: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
+        """The layer output, (B, T, D), from the heads' outputs (B, T, H, d): norm, gate, output projection."""
+        kind = self.options.out_norm
+        if kind == "group":
+            norm: Any = self.out_norm
+            flat = layer_norm(wide(o), o.shape[-1:], eps=GROUP_EPS).flatten(2)
+            o = (flat * wide(norm.weight) + wide(norm.bias)).view_as(o)
+        elif kind != "none":
+            o = self.out_norm(o)
+        o = o.flatten(2).to(x.dtype)
+        if self.options.gate != "none":
+            gate = self.g_proj(x)
+            if kind == "gated_rms":
+                o = o * silu(gate + SILU_ONE)
+            else:
+                o = o * (gate.sigmoid() * (2 if self.options.gate == "identity" else 1))
+        return self.o_proj(o)

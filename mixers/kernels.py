@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from .ops.gated_delta import chunked as gated_delta_chunked
-from .ops.gated_delta import recurrent as gated_delta_recurrent
-from .ops.rwkv7 import chunked as rwkv7_chunked
-from .ops.rwkv7 import recurrent as rwkv7_recurrent
+from .base import MixerInputs, State
+from .ops.op import Op
 
 SHORT = 4
 """Up to so many tokens, going step by step costs less than cutting chunks."""
-
-_FORMS = {
-    "gated_delta": {"recurrent": gated_delta_recurrent, "chunked": gated_delta_chunked},
-    "rwkv7": {"recurrent": rwkv7_recurrent, "chunked": rwkv7_chunked},
-}
 
 
 def choose(form: str, device: torch.device, length: int) -> tuple[str, str]:
@@ -40,9 +31,38 @@ def choose(form: str, device: torch.device, length: int) -> tuple[str, str]:
     return "chunked", f"plain torch on {device.type}"
 
 
-def run(op: str, form: str, chunk: int, *inputs: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the recurrence `op` of mixers/ops on `inputs` in the form that `choose` says; see there for the arguments."""
-    name, _ = choose(form, inputs[0].device, inputs[0].shape[1])
+def run(
+    op: Op, form: str, chunk: int | None, *inputs: torch.Tensor | None, where: MixerInputs, state: State | None
+) -> tuple[torch.Tensor, State]:
+    """Run a recurrence in the form that `choose` says.
+
+    Args:
+        op: the recurrence, `OP` of its file in mixers/ops.
+        form: the mixer's option.
+        chunk: tokens per chunk; None for the recurrence's own choice.
+        inputs: its tensors, as its forms take them, (B, T, ...) first.
+        where: padding and document borders.
+        state: its tensors from the previous call. Without gradients a call of one token overwrites them.
+
+    Returns:
+        The output and the new state.
+    """
+    first = next(x for x in inputs if x is not None)
+    past = None if state is None else state[0] if len(state) == 1 else state
+    if form == "auto" and past is not None and _one_step(first, state, where):
+        return op.step(*inputs, past), state  # pyright: ignore[reportReturnType]
+    name, _ = choose(form, first.device, first.shape[1])
+    options = {"state": past, "padding": where.padding, "segments": where.segments}
     if name == "chunked":
-        options["chunk"] = chunk
-    return _FORMS[op][name](*inputs, **options)
+        options |= {"chunk": chunk} if chunk is not None else {}
+        out, new = op.chunked(*inputs, **options)
+    else:
+        out, new = op.recurrent(*inputs, **options)
+    return out, new if isinstance(new, tuple) else (new,)
+
+
+def _one_step(first: torch.Tensor, state: State | None, where: MixerInputs) -> bool:
+    """One token of a running generation: its state can be overwritten."""
+    if first.shape[1] != 1 or torch.is_grad_enabled() or where.padding is not None or where.segments is not None:
+        return False
+    return torch.is_inference_mode_enabled() or not any(part.is_inference() for part in state or ())

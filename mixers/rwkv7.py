@@ -12,7 +12,9 @@ from torch.nn.init import orthogonal_
 from .base import MixerInputs, State
 from .heads import AttentionMixer, unit, wide
 from .kernels import run
-from .specs.base import Geometry, TensorSpec, chunk_length
+from .ops.rwkv7 import OP
+from .specs.base import Geometry, TensorSpec
+from .specs.heads import chunk_length
 from .specs.rwkv7 import RWKV7Options, RWKV7Spec, ranks
 
 ONES = ("g0", "r_scale", "k_a", "ln_x.weight")
@@ -57,9 +59,8 @@ class RWKV7(AttentionMixer):
 
     def initial(self, row: TensorSpec, generator: torch.Generator | None) -> torch.Tensor:
         """See the base class; the paper's values but for gate, removal and value residual (see the card)."""
-        value = torch.zeros(row.shape)
+        value = super().initial(row, generator)
         if row.name == "conv":
-            value[:, -1] = 1.0
             return value
         identity = self.options.gate_init == "identity"
         constants = {"v0": self.options.value_start, "k_k": 0.85} | dict.fromkeys(ONES, 1.0)
@@ -75,18 +76,18 @@ class RWKV7(AttentionMixer):
             return orthogonal_(value, gain=0.1 * max(1.0, rows / columns) ** 0.5, generator=generator)
         return value.fill_(constants.get(row.name, 0.0))
 
-    def mix(
+    def recurrence(
         self,
         x: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
         inputs: MixerInputs,
         state: State | None,
     ) -> tuple[torch.Tensor, State]:
-        """See the base class. State: the recurrence's (B, H, d, d), then the convolution's last inputs."""
+        """See the base class. State: (B, H, d, d). The queries are RWKV's receptance r."""
         split = (self.geometry.num_heads, self.geometry.head_dim)
-        r, k, v, buffers = self.project(x, inputs, state)
-        r, k, v = self.heads(r, k, v, rotary)
-        k, v = self.repeat(k), self.residual(x, self.repeat(v), inputs)
+        r, k, v = q, self.repeat(k), self.residual(x, self.repeat(v), inputs)
         w = -LOG_DECAY_BOUND * (self.w0 + wide((x @ self.w1).tanh() @ self.w2)).sigmoid().unflatten(-1, split)
         a = wide(self.a0 + (x @ self.a1) @ self.a2).sigmoid().unflatten(-1, split)
         if self.options.unit_keys:
@@ -98,16 +99,12 @@ class RWKV7(AttentionMixer):
             kappa = unit(k * self.k_k.view(split))
             k = wide(k) * (1 + (a - 1) * self.k_a.view(split))
         if not (self.options.group_norm or self.options.unit_keys):
-            r = r * self.geometry.head_dim**-0.5
-        o, S = run(
-            "rwkv7",
-            self.options.form,
-            chunk_length(self.geometry.head_dim, self.options.chunk),
-            *(r, w, k, v, kappa, a),
-            state=state[0] if state else None,
-            padding=inputs.padding,
-            segments=inputs.segments,
-        )
+            r = wide(r) * self.geometry.query_scale
+        chunk = chunk_length(self.geometry.head_dim, self.options.chunk)
+        return run(OP, self.options.form, chunk, *(r, w, k, v, kappa, a), where=inputs, state=state)
+
+    def output(self, x: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
+        """See the base class: GroupNorm where it is on, and RWKV-7's low-rank gate."""
         o = o.flatten(2)
         if self.options.group_norm:
             norm = self.ln_x
@@ -115,7 +112,7 @@ class RWKV7(AttentionMixer):
         gate = (x @ self.g1).sigmoid() @ self.g2
         if self.options.gate_init == "identity":
             gate = self.g0 + gate
-        return self.o_proj(o.to(x.dtype) * gate), (S, *buffers)
+        return self.o_proj(o.to(x.dtype) * gate)
 
     def residual(self, x: torch.Tensor, v: torch.Tensor, inputs: MixerInputs) -> torch.Tensor:
         """Values of all heads, (B, T, H, d), mixed with those of the lowest converted layer; that layer stores its own.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from .chunks import borders, compute_dtype, initial_state, join, real_segments, scan, split
+from .op import Op
 
 CHUNK = 32
 
@@ -137,3 +138,15 @@ def _masked(
         return inputs
     absent = ~padding[..., None]
     return tuple(x.masked_fill(absent[..., None] if x.dim() == 4 else absent, 0.0) for x in inputs)
+
+
+def step(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, state: torch.Tensor
+) -> torch.Tensor:
+    """One token, (B, 1, H, ...), without gradients: the output; `state` is overwritten with the new one."""
+    out, new = recurrent(q, k, v, g, beta, state)
+    state.copy_(new)
+    return out
+
+
+OP = Op("gated_delta", recurrent, chunked, step)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 
 from .chunks import borders, compute_dtype, initial_state, join, real_segments, scan, split
+from .op import Op
 
 CHUNK = 32
 MAX_CHUNK = 64
@@ -151,3 +152,21 @@ def _masked(
         return inputs
     absent = ~padding[..., None, None]
     return tuple(x.masked_fill(absent, 0.0) for x in inputs)
+
+
+def step(
+    r: torch.Tensor,
+    w: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kappa: torch.Tensor,
+    a: torch.Tensor,
+    state: torch.Tensor,
+) -> torch.Tensor:
+    """One token, (B, 1, H, ...), without gradients: the output; `state` is overwritten with the new one."""
+    out, new = recurrent(r, w, k, v, kappa, a, state)
+    state.copy_(new)
+    return out
+
+
+OP = Op("rwkv7", recurrent, chunked, step)

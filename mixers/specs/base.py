@@ -20,9 +20,14 @@ class Geometry:
         head_dim: channels per head; H * head_dim need not equal D (Qwen3).
         qkv_bias: q, k and v projections carry a bias (Qwen2).
         o_bias: the output projection carries a bias.
-        qk_norm: per-head RMSNorm on queries and keys before the rotary embedding (Qwen3).
-        norm_eps: epsilon of that RMSNorm.
+        qk_norm: RMSNorm on queries and keys before the rotary embedding: "" none, "head" over the channels of each
+            head (Qwen3), "full" over all heads at once, before they are split (OLMo 2).
+        norm_offset: that norm multiplies by 1 + weight (Gemma 3).
+        norm_eps: epsilon of that norm.
         rope: queries and keys are rotated.
+        rotary: which channels turn together: "half" (i and i + d/2, Llama) or "interleaved" (2i and 2i + 1, Cohere).
+        scale: factor of the scores q . k; None is head_dim ** -0.5.
+        softcap: scores are bounded by softcap * tanh(score / softcap) (Gemma 2); None where they are not.
     """
 
     hidden_size: int
@@ -31,13 +36,22 @@ class Geometry:
     head_dim: int
     qkv_bias: bool = False
     o_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: str = ""
+    norm_offset: bool = False
     norm_eps: float = 1e-6
     rope: bool = True
+    rotary: str = "half"
+    scale: float | None = None
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+
+    @property
+    def query_scale(self) -> float:
+        """Factor of the scores q . k."""
+        return self.head_dim**-0.5 if self.scale is None else self.scale
 
     @property
     def inner_size(self) -> int:
@@ -110,7 +124,15 @@ class MixerOptions:
                 problems.append(f"{key}: {problem}")
         if problems:
             raise ValueError("\n".join(problems))
-        return cls(**{k: _coerce(fields[k], v) for k, v in values.items()})
+        options = cls(**{k: _coerce(fields[k], v) for k, v in values.items()})
+        problems = options.conflicts()
+        if problems:
+            raise ValueError("\n".join(problems))
+        return options
+
+    def conflicts(self) -> list[str]:
+        """Options that do not go together, one message each; a mixer overrides this where it has such."""
+        return []
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for config.json."""
@@ -146,54 +168,6 @@ def _problem(field: dataclasses.Field, value: Any) -> str | None:
     return None
 
 
-def chunk_length(head_dim: int, chosen: int | None) -> int:
-    """Tokens per chunk: as chosen, else the fastest as measured on CPUs (small heads like small chunks)."""
-    return chosen or (16 if head_dim <= 16 else 32)
-
-
-def attention_rows(geometry: Geometry, *, expand_kv: bool, conv: int) -> list[TensorSpec]:
-    """The rows that every mixer takes from attention: projections, their biases, q/k norms; and what follows them.
-
-    Args:
-        geometry: of the attention being replaced.
-        expand_kv: give every query head keys and values of its own (derived by repeating each head's rows).
-        conv: taps of the convolution on queries, keys and values; 0 for none.
-    """
-    hidden, inner = geometry.hidden_size, geometry.inner_size
-    widths = {"q": inner, "k": inner if expand_kv else geometry.kv_size, "v": inner if expand_kv else geometry.kv_size}
-    rows = []
-    for part, width in widths.items():
-        repeats = expand_kv and part != "q" and geometry.num_kv_heads != geometry.num_heads
-        shapes: dict[str, tuple[int, ...]] = {f"{part}_proj.weight": (width, hidden)}
-        if geometry.qkv_bias:
-            shapes[f"{part}_proj.bias"] = (width,)
-        for name, shape in shapes.items():
-            origin = f"repeat_heads({name})" if repeats else name
-            rows.append(TensorSpec(name, shape, "derived" if repeats else "copied", origin))
-    rows.append(TensorSpec("o_proj.weight", (hidden, inner), "copied", "o_proj.weight"))
-    if geometry.o_bias:
-        rows.append(TensorSpec("o_proj.bias", (hidden,), "copied", "o_proj.bias"))
-    if geometry.qk_norm:
-        rows += [TensorSpec(f"{p}_norm.weight", (geometry.head_dim,), "copied", f"{p}_norm.weight") for p in "qk"]
-    if conv:
-        origin = "identity: 1 at the token itself, 0 before it"
-        rows.append(TensorSpec("conv", (sum(widths.values()), conv), "new", origin))
-    return rows
-
-
-def recurrent_bytes(geometry: Geometry, *, expand_kv: bool, conv: int) -> int:
-    """Bytes of an fp32 (H, d, d) state, and of the last taps of the convolution where there is one."""
-    kv = geometry.inner_size if expand_kv else geometry.kv_size
-    buffers = max(0, conv - 1) * (geometry.inner_size + 2 * kv)
-    return 4 * (geometry.num_heads * geometry.head_dim**2 + buffers)
-
-
-def attention_flops(geometry: Geometry, *, expand_kv: bool) -> int:
-    """Forward FLOPs per token of the q, k, v and o projections."""
-    kv = geometry.inner_size if expand_kv else geometry.kv_size
-    return 2 * geometry.hidden_size * (2 * geometry.inner_size + 2 * kv)
-
-
 class MixerSpec:
     """A mixer without torch. A subclass in `specs/NAME.py` fills the class attributes and the methods."""
 
@@ -202,6 +176,16 @@ class MixerSpec:
     paper: ClassVar[str]
     options: ClassVar[type[MixerOptions]]
     aliases: ClassVar[tuple[str, ...]] = ()
+
+    @staticmethod
+    def layer_type(options: Any) -> str:
+        """What a layer with this mixer is in transformers' vocabulary of `layer_types`."""
+        return "hybrid_sliding" if getattr(options, "window", 0) else "linear_attention"
+
+    @staticmethod
+    def refusal(geometry: Geometry, options: Any) -> str | None:
+        """Why the mixer cannot stand in for this attention, and what could; None where it can."""
+        return None
 
     @staticmethod
     def tensors(geometry: Geometry, options: Any, *, first: bool, position: float) -> list[TensorSpec]:

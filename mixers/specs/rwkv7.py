@@ -4,27 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import (
-    Geometry,
-    MixerOptions,
-    MixerSpec,
-    TensorSpec,
-    attention_flops,
-    attention_rows,
-    chunk_length,
-    option,
-    recurrent_bytes,
-)
+from .base import Geometry, MixerSpec, TensorSpec, option
+from .heads import HeadOptions, chunk_length, head_bytes, head_flops, head_rows
 
 
 @dataclass(frozen=True)
-class RWKV7Options(MixerOptions):
+class RWKV7Options(HeadOptions):
     """Options of `rwkv7`."""
 
-    chunk: int | None = option(None, "tokens per chunk; null picks by head size", choices=(None, 16, 32, 64))
-    rope: bool = option(True, "rotate receptances and keys as the attention did")
-    expand_kv: bool = option(False, "give every query head keys and values of its own instead of sharing in groups")
-    conv: int = option(0, "taps of a causal depthwise convolution on r, k and v; 0: none", low=0, high=8)
     balance_state: bool = option(True, "write k (1 - w + a), as much as decay and removal take (the paper's mixer)")
     unit_keys: bool = option(True, "receptance and write key of unit length, times a learnt scale (the paper: false)")
     group_norm: bool = option(False, "normalise each head's output (the released code; unstable from 14B upwards)")
@@ -81,7 +68,7 @@ class RWKV7Spec(MixerSpec):
             ]
 
         ramp = f"-6.5 + 5 (n / (C - 1))^{0.85 + position**0.5:.2f} over channels n"
-        rows = attention_rows(geometry, expand_kv=options.expand_kv, conv=options.conv)
+        rows = head_rows(geometry, options)
         rows.append(TensorSpec("w0", (inner,), "new", ramp, fp32=True))
         rows += low_rank("w", "0", "orthogonal, 0.1")
         rows.append(TensorSpec("a0", (inner,), "new", f"logit of {options.removal:g}"))
@@ -110,7 +97,7 @@ class RWKV7Spec(MixerSpec):
         rank = ranks(geometry.hidden_size, options)
         if not options.value_residual:
             rank.pop("v")
-        flops = attention_flops(geometry, expand_kv=options.expand_kv)
+        flops = head_flops(geometry, options)
         flops += sum(2 * r * (geometry.hidden_size + geometry.inner_size) for r in rank.values())
         # Per token and head: scores; values seen, solve (half a square); writes; reads inside; reads of state, scan.
         inside = 8 * chunk * d + 2 * chunk * d + chunk * 2 * d + 6 * d * d + 6 * chunk * d
@@ -118,5 +105,5 @@ class RWKV7Spec(MixerSpec):
 
     @staticmethod
     def state_bytes(geometry: Geometry, options: RWKV7Options) -> int:
-        """See `recurrent_bytes`."""
-        return recurrent_bytes(geometry, expand_kv=options.expand_kv, conv=options.conv)
+        """See `head_bytes`."""
+        return head_bytes(geometry, options)

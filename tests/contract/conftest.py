@@ -20,9 +20,12 @@ GEOMETRIES = {
     "llama-gqa": Geometry(32, 4, 2, 8),
     "llama-mqa": Geometry(32, 4, 1, 8),
     "qwen2": Geometry(32, 4, 2, 8, qkv_bias=True),
-    "qwen3": Geometry(32, 6, 3, 10, qk_norm=True),
-    "everything": Geometry(20, 4, 2, 14, qkv_bias=True, o_bias=True, qk_norm=True),
+    "qwen3": Geometry(32, 6, 3, 10, qk_norm="head"),
+    "everything": Geometry(20, 4, 2, 14, qkv_bias=True, o_bias=True, qk_norm="head"),
     "no-rope": Geometry(32, 4, 2, 8, rope=False),
+    "olmo2": Geometry(24, 4, 2, 6, qk_norm="full"),
+    "gemma": Geometry(24, 4, 2, 6, qk_norm="head", norm_offset=True, scale=0.2, softcap=50.0),
+    "cohere": Geometry(24, 4, 2, 6, rotary="interleaved"),
 }
 
 

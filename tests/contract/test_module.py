@@ -68,18 +68,36 @@ def test_save_and_load(name, options, small, make_stack, make_tokens, tmp_path):
 
 
 def test_calls_do_not_change_each_other(name, gqa, make_stack, make_cache, make_tokens):
-    """A cached call must not write into the state that it was given (beam search and branching reuse it)."""
+    """A call must not write into the state that it was given, unless it decodes one token without gradients."""
     stack = make_stack(name, {}, gqa)
     x = make_tokens(2, 12, gqa.hidden_size).float()
+    cache = make_cache(2)
     with torch.no_grad():
-        cache = make_cache(2)
         stack(x, cache=cache)
-        kept = [[part.clone() for part in layer.state] for layer in cache.layers]
-        held = [layer.state for layer in cache.layers]
-        for length in (1, 12):
-            stack(x[:, :length], cache=cache)
+    kept = [[part.clone() for part in layer.state] for layer in cache.layers]
+    held = [layer.state for layer in cache.layers]
+    with torch.no_grad():
+        stack(x, cache=copy.deepcopy(cache))
+    stack(x[:, :1], cache=copy.copy(cache))
     for before, now in zip(kept, held, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+
+
+def test_decoding_equals_the_whole_and_keeps_branches_apart(name, options, gqa, make_stack, make_cache, make_tokens):
+    """Steps without gradients overwrite the state in place: a copied cache must go its own way."""
+    stack = make_stack(name, options, gqa).double()
+    x, other = make_tokens(2, 45, gqa.hidden_size), make_tokens(2, 45, gqa.hidden_size, seed=1)
+    other[:, :30] = x[:, :30]
+    positions = torch.arange(45).expand(2, -1)
+    with torch.no_grad():
+        cache = make_cache(2)
+        stack(x[:, :30], cache=cache)
+        caches = {id(row): copy.deepcopy(cache) for row in (x, other)}
+        for t in range(30, 45):
+            for row in (x, other):
+                step = stack(row[:, t : t + 1], positions[:, t : t + 1], cache=caches[id(row)])
+                if t == 44:
+                    assert torch.allclose(step[:, 0], stack(row)[:, -1], rtol=0, atol=1e-10)
 
 
 def test_a_missing_rotary_embedding_is_an_error(name, gqa, make_stack, make_tokens):

@@ -20,7 +20,8 @@ def attention_tensors(geometry, dtype=torch.float32):
     if geometry.o_bias:
         shapes["o_proj.bias"] = (geometry.hidden_size,)
     if geometry.qk_norm:
-        shapes |= {f"{part}_norm.weight": (geometry.head_dim,) for part in "qk"}
+        full = geometry.qk_norm == "full"
+        shapes |= {f"{part}_norm.weight": (widths[part] if full else geometry.head_dim,) for part in "qk"}
     return {key: torch.randn(shape, generator=generator).to(dtype) for key, shape in shapes.items()}
 
 

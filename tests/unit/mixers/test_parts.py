@@ -33,7 +33,7 @@ def test_options_name_every_mistake_at_once():
     for part in (
         "bta: unknown option",
         "beta: must be at most 0.99",
-        "gate: expected bool",
+        "gate: expected str",
         "out_norm: expected one of",
         "conv: expected int",
     ):
@@ -113,7 +113,7 @@ def test_heads_are_repeated_whole():
 @pytest.mark.parametrize(("build", "options"), [(GatedDeltaNet, GatedDeltaNetOptions), (RWKV7, RWKV7Options)])
 def test_expanded_heads_start_as_shared_ones(build, options):
     """With every query head's keys and values its own, the first output is that of shared heads."""
-    geometry = Geometry(16, 4, 2, 6, qkv_bias=True, qk_norm=True)
+    geometry = Geometry(16, 4, 2, 6, qkv_bias=True, qk_norm="head")
     shared, expanded = (build(geometry, options(expand_kv=e), 0, 2, True) for e in (False, True))
     attention = {row.name: torch.randn(row.shape) for row in shared.table() if row.source == "copied"}
     for mixer in (shared, expanded):
