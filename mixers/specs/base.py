@@ -91,9 +91,27 @@ class TensorSpec:
         return total
 
 
-def option(default: Any, help: str, *, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
-    """A dataclass field of a mixer's options: its default, what it does, and its bounds (inclusive)."""
-    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+def option(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple = (),
+    samples: tuple = (),
+) -> Any:
+    """A dataclass field of a mixer's options.
+
+    Args:
+        default: its value where a recipe says nothing.
+        help: what it does, in one line.
+        low: lower bound, inclusive.
+        high: upper bound, inclusive.
+        choices: the values there are, where they can be listed.
+        samples: values that the contract tests try, where the bounds would be out of their reach.
+    """
+    meta = {"help": help, "low": low, "high": high, "choices": choices, "samples": samples}
+    return dataclasses.field(default=default, metadata=meta)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def variants(name: str, structural: bool) -> list[dict[str, Any]]:
         kinds, meta = str(f.type).split(" | "), f.metadata
         if structural and ("float" in kinds or ("int" in kinds and "None" in kinds)):
             continue
-        values = list(meta["choices"])
+        values = list(meta["choices"] or meta["samples"])
         if not values and "bool" in kinds:
             values = [False, True]
         if not values:
