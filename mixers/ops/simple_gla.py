@@ -1,0 +1,143 @@
+"""Linear attention with one decay per head: of each token (Mamba-2's SSD, arXiv 2405.21060; simple GLA) or fixed
+(RetNet, arXiv 2307.08621; lightning attention, arXiv 2401.04658).
+
+    S_t = exp(g_t) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t
+
+with S (dk, dv). The caller scales q.
+
+Stability. Decays occur only as exp(G_i - G_j) with j <= i, masked before exp: no log-decay g <= 0 can overflow at any
+chunk length. The cumulated G is kept in fp64, so that a small difference of two large sums is right too.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .chunks import borders, compute_dtype, initial_state, join, real_segments, scan, split
+from .op import Op
+
+CHUNK = 64
+
+
+def recurrent(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    state: torch.Tensor | None = None,
+    padding: torch.Tensor | None = None,
+    segments: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token by token: the truth that the other forms are held against.
+
+    Args:
+        q, k: (B, T, H, dk). v: (B, T, H, dv).
+        g: log-decay, <= 0: (B, T, H), or (H,) where it is the same at every token.
+        state: (B, H, dk, dv) from the previous call; belongs to the document of the first token.
+        padding: (B, T) bool, True at real tokens. Other steps leave the state as it is and give 0.
+        segments: (B, T) document numbers, non-decreasing; the state is zeroed where the number changes.
+
+    Returns:
+        (B, T, H, dv) in the dtype of v, and the (B, H, dk, dv) fp32 state (fp64 for fp64 inputs).
+    """
+    batch, length, heads, dk = k.shape
+    dtype = compute_dtype(v.dtype)
+    S = initial_state(state, batch, heads, dk, v.shape[-1], v, dtype)
+    q_, k_, v_, g_ = _masked(q, k, v, g, padding, dtype)
+    segments = real_segments(segments, padding)
+    fresh = None if segments is None or length == 1 else (segments[:, 1:] == segments[:, :-1]).to(dtype).unbind(1)
+    decay = g_.exp()[..., None, None].unbind(1)
+    columns = k_[..., None].unbind(1)
+    rows = v_[..., None, :].unbind(1)
+    queries = q_[..., None, :].unbind(1)
+    out = []
+    for t in range(length):
+        if fresh is not None and t:
+            S = S * fresh[t - 1][:, None, None, None]
+        S = S * decay[t] + columns[t] * rows[t]
+        out.append(queries[t] @ S)
+    return torch.cat(out, -2).transpose(1, 2).to(v.dtype), S
+
+
+def chunked(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    state: torch.Tensor | None = None,
+    padding: torch.Tensor | None = None,
+    segments: torch.Tensor | None = None,
+    chunk: int = CHUNK,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in chunks of `chunk` tokens: with G the cumulated log-decay of a chunk and S its incoming state,
+        O = ((Q K^T) * e^(G_i - G_j), j <= i) V + e^G Q S,    S' = e^(G_C) S + (e^(G_C - G) K)^T V.
+
+    Arguments and results as `recurrent`.
+    """
+    batch, length, heads, dk = k.shape
+    dtype = compute_dtype(v.dtype)
+    with torch.autocast(v.device.type, enabled=False):
+        S = initial_state(state, batch, heads, dk, v.shape[-1], v, dtype)
+        q_, k_, v_, g_ = (split(x, chunk, dtype) for x in _masked(q, k, v, g, padding, dtype))
+        G = g_.double().cumsum(-1)
+        hidden = torch.ones(chunk, chunk, dtype=torch.bool, device=v.device).triu(1)
+        inflow = G.exp()[..., None].to(dtype)
+        outflow = (G[:, -1:] - G).exp()[..., None].to(dtype)
+        carry = inflow[:, -1:]
+        gaps = (G[:, :, None] - G[:, None, :]).to(dtype)
+        real = real_segments(segments, padding)
+        if real is None:
+            gaps = gaps.masked_fill(hidden, float("-inf"))
+        else:
+            border = borders(real, chunk, dtype)
+            view = (-1, batch, heads)
+            gaps = gaps.unflatten(0, view).masked_fill(hidden | ~border.pairs, float("-inf")).flatten(0, 2)
+            inflow = (inflow.unflatten(0, view) * border.sees).flatten(0, 2)
+            outflow = (outflow.unflatten(0, view) * border.leaves).flatten(0, 2)
+            carry = (carry.unflatten(0, view) * border.carries).flatten(0, 2)
+        written = torch.bmm((k_ * outflow).mT, v_)
+        before, S = scan(
+            (carry * torch.eye(dk, dtype=dtype, device=v.device)).unflatten(0, (-1, batch * heads)),
+            written.unflatten(0, (-1, batch * heads)),
+            S.flatten(0, 1),
+        )
+        out = torch.baddbmm(torch.bmm(torch.bmm(q_, k_.mT) * gaps.exp(), v_), q_ * inflow, before)
+        return join(out, batch, length, heads).to(v.dtype), S.unflatten(0, (batch, heads))
+
+
+def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """One token, without gradients. Overwrites `state` and allocates nothing but its result.
+
+    Args:
+        q, k: (B, 1, H, dk). v: (B, 1, H, dv). g: (B, 1, H) or (H,). As in `recurrent`.
+        state: (B, H, dk, dv) fp32 or fp64, contiguous.
+
+    Returns:
+        (B, 1, H, dv) in the dtype of v.
+    """
+    with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
+        q, k, values, g = (x.to(state.dtype) for x in (q, k, v, g))
+        out = torch.empty_like(values, memory_format=torch.contiguous_format)
+        # The result's own memory holds the decays meanwhile.
+        decay = torch.exp(g, out=out[0, 0, :, 0] if g.dim() == 1 else out[..., 0])
+        state.mul_(decay.squeeze(1)[..., None, None] if g.dim() > 1 else decay[:, None, None])
+        S = state.flatten(0, 1)
+        S.baddbmm_(k.reshape(len(S), -1, 1), values.reshape(len(S), 1, -1))
+        torch.bmm(q.reshape(len(S), 1, -1), S, out=out.view(len(S), 1, -1))
+        return out.to(v.dtype)
+
+
+def _masked(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, padding: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    """Inputs in the dtype of the computation, g per token; at padding all zero: nothing read or written, no decay."""
+    if g.dim() == 1:
+        g = g.expand(*k.shape[:2], -1)
+    inputs = tuple(x.to(dtype) for x in (q, k, v, g))
+    if padding is None:
+        return inputs
+    absent = ~padding[..., None]
+    return tuple(x.masked_fill(absent[..., None] if x.dim() == 4 else absent, 0.0) for x in inputs)
+
+
+OP = Op("simple_gla", recurrent, chunked, step)
