@@ -23,7 +23,7 @@ def recurrent(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    g: torch.Tensor,
+    g: torch.Tensor | None,
     beta: torch.Tensor,
     state: torch.Tensor | None = None,
     padding: torch.Tensor | None = None,
@@ -33,7 +33,7 @@ def recurrent(
 
     Args:
         q, k: (B, T, H, dk). v: (B, T, H, dv).
-        g: (B, T, H) log-decay, <= 0. beta: (B, T, H) write strength in [0, 1].
+        g: (B, T, H) log-decay, <= 0; None for none (DeltaNet). beta: (B, T, H) write strength in [0, 1].
         state: (B, H, dk, dv) from the previous call; belongs to the document of the first token.
         padding: (B, T) bool, True at real tokens. Other steps leave the state as it is and give 0.
         segments: (B, T) document numbers, non-decreasing; the state is zeroed where the number changes.
@@ -44,10 +44,10 @@ def recurrent(
     batch, length, heads, dk = k.shape
     dtype = compute_dtype(v.dtype)
     S = initial_state(state, batch, heads, dk, v.shape[-1], v, dtype)
-    q_, k_, v_, g_, beta_ = _masked(q, k, v, g, beta, padding, dtype)
+    q_, k_, v_, beta_, g_ = _masked(q, k, v, beta, g, padding, dtype)
     segments = real_segments(segments, padding)
     fresh = None if segments is None or length == 1 else (segments[:, 1:] == segments[:, :-1]).to(dtype).unbind(1)
-    decay = g_.exp()[..., None, None].unbind(1)
+    decay = None if g_ is None else g_.exp()[..., None, None].unbind(1)
     columns = k_[..., None].unbind(1)
     rows = k_[..., None, :].unbind(1)
     queries = q_[..., None, :].unbind(1)
@@ -57,7 +57,8 @@ def recurrent(
     for t in range(length):
         if fresh is not None and t:
             S = S * fresh[t - 1][:, None, None, None]
-        S = S * decay[t]
+        if decay is not None:
+            S = S * decay[t]
         S = S + columns[t] * (writes[t] - strengths[t] * (rows[t] @ S))
         out.append(queries[t] @ S)
     return torch.cat(out, -2).transpose(1, 2).to(v.dtype), S
@@ -67,7 +68,7 @@ def chunked(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    g: torch.Tensor,
+    g: torch.Tensor | None,
     beta: torch.Tensor,
     state: torch.Tensor | None = None,
     padding: torch.Tensor | None = None,
@@ -86,9 +87,9 @@ def chunked(
     dtype = compute_dtype(v.dtype)
     with torch.autocast(v.device.type, enabled=False):
         S = initial_state(state, batch, heads, dk, dv, v, dtype)
-        masked = _masked(q, k, v, g, beta, padding, dtype)
-        q_, k_, v_, g_, beta_ = (split(x, chunk, dtype) for x in masked)
-        G = g_.cumsum(-1)
+        *masked, g = _masked(q, k, v, beta, g, padding, dtype)
+        q_, k_, v_, beta_ = (split(x, chunk, dtype) for x in masked)
+        G = torch.zeros_like(beta_) if g is None else split(g, chunk, dtype).cumsum(-1)
         hidden = torch.ones(chunk, chunk, dtype=torch.bool, device=v.device).triu(1)
         inflow = G.exp()[..., None]
         outflow = (G[:, -1:] - G).exp()[..., None]
@@ -123,30 +124,49 @@ def chunked(
         return join(out, batch, length, heads).to(v.dtype), S.unflatten(0, (batch, heads))
 
 
+def step(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, beta: torch.Tensor, state: torch.Tensor
+) -> torch.Tensor:
+    """One token, without gradients. Overwrites `state` and allocates nothing but its result.
+
+    Args:
+        q, k: (B, 1, H, dk). v: (B, 1, H, dv). g: (B, 1, H) or None. beta: (B, 1, H). As in `recurrent`.
+        state: (B, H, dk, dv) fp32 or fp64, contiguous.
+
+    Returns:
+        (B, 1, H, dv) in the dtype of v.
+    """
+    with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
+        q, k, values, beta = (x.to(state.dtype) for x in (q, k, v, beta))
+        out = torch.empty_like(values, memory_format=torch.contiguous_format)
+        S = state.flatten(0, 1)
+        if g is not None:
+            # The result's own memory holds the decays meanwhile.
+            state.mul_(torch.exp(g.to(state.dtype), out=out[..., 0]).squeeze(1)[..., None, None])
+        rows = out.view(len(S), 1, -1)
+        torch.bmm(k.reshape(len(S), 1, -1), S, out=rows)
+        torch.sub(values, out, out=out).mul_(beta[..., None])
+        S.baddbmm_(k.reshape(len(S), -1, 1), rows)
+        torch.bmm(q.reshape(len(S), 1, -1), S, out=rows)
+        return out.to(v.dtype)
+
+
 def _masked(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    g: torch.Tensor,
     beta: torch.Tensor,
+    g: torch.Tensor | None,
     padding: torch.Tensor | None,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Inputs in the dtype of the computation; at padding all zero: nothing read, nothing written, no decay."""
-    inputs = tuple(x.to(dtype) for x in (q, k, v, g, beta))
-    if padding is None:
-        return inputs
-    absent = ~padding[..., None]
-    return tuple(x.masked_fill(absent[..., None] if x.dim() == 4 else absent, 0.0) for x in inputs)
 
+    def real(x: torch.Tensor) -> torch.Tensor:
+        x = x.to(dtype)
+        return x if padding is None else x.masked_fill(~padding.view(*padding.shape, *(1,) * (x.dim() - 2)), 0.0)
 
-def step(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, state: torch.Tensor
-) -> torch.Tensor:
-    """One token, (B, 1, H, ...), without gradients: the output; `state` is overwritten with the new one."""
-    out, new = recurrent(q, k, v, g, beta, state)
-    state.copy_(new)
-    return out
+    return real(q), real(k), real(v), real(beta), None if g is None else real(g)
 
 
 OP = Op("gated_delta", recurrent, chunked, step)

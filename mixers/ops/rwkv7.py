@@ -136,6 +136,37 @@ def chunked(
         return join(out, batch, length, heads).to(v.dtype), S.unflatten(0, (batch, heads))
 
 
+def step(
+    r: torch.Tensor,
+    w: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kappa: torch.Tensor,
+    a: torch.Tensor,
+    state: torch.Tensor,
+) -> torch.Tensor:
+    """One token, without gradients. Overwrites `state`, `w` and `a` and allocates nothing but its result.
+
+    Args:
+        r, w, k, kappa, a: (B, 1, H, dk). v: (B, 1, H, dv). As in `recurrent`.
+        state: (B, H, dk, dv) fp32 or fp64, contiguous.
+
+    Returns:
+        (B, 1, H, dv) in the dtype of v.
+    """
+    with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
+        r, w, k, values, kappa, a = (x.to(state.dtype) for x in (r, w, k, v, kappa, a))
+        out = torch.empty_like(values, memory_format=torch.contiguous_format)
+        S = state.flatten(0, 1)
+        rows = out.view(len(S), 1, -1)
+        torch.bmm(kappa.reshape(len(S), 1, -1), S, out=rows)
+        state.mul_(w.exp_().transpose(1, 2).mT)
+        S.baddbmm_(a.mul_(kappa).reshape(len(S), -1, 1), rows, alpha=-1)
+        S.baddbmm_(k.reshape(len(S), -1, 1), values.reshape(len(S), 1, -1))
+        torch.bmm(r.reshape(len(S), 1, -1), S, out=rows)
+        return out.to(v.dtype)
+
+
 def _masked(
     r: torch.Tensor,
     w: torch.Tensor,
@@ -152,21 +183,6 @@ def _masked(
         return inputs
     absent = ~padding[..., None, None]
     return tuple(x.masked_fill(absent, 0.0) for x in inputs)
-
-
-def step(
-    r: torch.Tensor,
-    w: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kappa: torch.Tensor,
-    a: torch.Tensor,
-    state: torch.Tensor,
-) -> torch.Tensor:
-    """One token, (B, 1, H, ...), without gradients: the output; `state` is overwritten with the new one."""
-    out, new = recurrent(r, w, k, v, kappa, a, state)
-    state.copy_(new)
-    return out
 
 
 OP = Op("rwkv7", recurrent, chunked, step)
