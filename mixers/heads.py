@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -9,10 +10,12 @@ from torch import nn
 from torch.nn.functional import layer_norm, silu
 
 from .base import Mixer, MixerInputs, State
+from .kernels import run
 from .ops.chunks import compute_dtype
 from .ops.short_conv import short_conv
+from .ops.window import OP as WINDOW
 from .specs.base import Geometry, TensorSpec
-from .specs.heads import GatedOptions
+from .specs.heads import GatedOptions, WindowOptions
 
 GROUP_EPS = 1e-5
 SILU_ONE = 1.2784645427610738
@@ -82,7 +85,7 @@ class AttentionMixer(Mixer):
     """
 
     states: ClassVar[int] = 1
-    """Tensors of the recurrence's state; the convolution's last inputs come after them."""
+    """Tensors of the recurrence's state; after them come the convolution's last inputs, then the window's three."""
 
     def __init__(self, geometry: Geometry, options: Any, layer_idx: int, num_layers: int, first: bool) -> None:
         super().__init__(geometry, options, layer_idx, num_layers, first)
@@ -97,6 +100,8 @@ class AttentionMixer(Mixer):
             self.q_norm, self.k_norm = (HeadNorm(n, geometry.norm_eps, float(geometry.norm_offset)) for n in sizes)
         if options.conv:
             self.conv = nn.Parameter(torch.empty(inner + 2 * kv_size, options.conv))
+        if isinstance(options, WindowOptions) and options.window:
+            self.window_mix = nn.Parameter(torch.empty(geometry.num_heads))
         if isinstance(options, GatedOptions):
             if options.gate != "none":
                 self.g_proj = nn.Linear(hidden, inner, bias=False)
@@ -112,6 +117,8 @@ class AttentionMixer(Mixer):
             value[:, -1] = 1.0
         elif row.name == "out_norm.weight":
             value.fill_(1.0)
+        elif row.name == "window_mix":
+            value.fill_(math.log(self.options.window_share / (1 - self.options.window_share)))
         return value
 
     def recurrence(
@@ -145,12 +152,28 @@ class AttentionMixer(Mixer):
         inputs: MixerInputs,
         state: State | None,
     ) -> tuple[torch.Tensor, State]:
-        """See the base class. State: the recurrence's tensors, then the convolution's last inputs."""
-        held, taps = (state[: self.states], state[self.states]) if state and self.options.conv else (state, None)
+        """See the base class. State: the recurrence's tensors, the convolution's last inputs, the window's three."""
+        options = self.options
+        past = state or ()
+        taps = past[self.states] if state and options.conv else None
         q, k, v, buffers = self.project(x, inputs, taps)
-        q, k = self.turn(q, k, rotary) if self.options.rope else (q, k)
-        o, new = self.recurrence(x, q, k, v, inputs, held)
-        return self.output(x, o), (*new, *buffers)
+        turned = self.turn(q, k, rotary) if options.rope else (q, k)
+        o, new = self.recurrence(x, *turned, v, inputs, past[: self.states] or None)
+        ring: State = ()
+        if isinstance(options, WindowOptions) and options.window:
+            seen = turned if options.rope else self.turn(q, k, rotary)
+            near, ring = self.window(*seen, v, inputs, past[-3:] or None)
+            o = o + self.window_mix.sigmoid()[:, None] * (wide(near) - o)
+        return self.output(x, o), (*new, *buffers, *ring)
+
+    def window(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: MixerInputs, state: State | None
+    ) -> tuple[torch.Tensor, State]:
+        """What the teacher's softmax attention would give over the last `options.window` tokens, (B, T, H, d)."""
+        geometry, form = self.geometry, self.options.form
+        settings = (self.options.window, geometry.query_scale, geometry.softcap, 0)
+        form = "auto" if form == "fused" else form
+        return run(WINDOW, form, None, q, k, v, *settings, where=inputs, state=state)
 
     def project(
         self, x: torch.Tensor, inputs: MixerInputs, taps: torch.Tensor | None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .base import MixerInputs, State
@@ -32,7 +34,7 @@ def choose(form: str, device: torch.device, length: int) -> tuple[str, str]:
 
 
 def run(
-    op: Op, form: str, chunk: int | None, *inputs: torch.Tensor | None, where: MixerInputs, state: State | None
+    op: Op, form: str, chunk: int | None, *inputs: Any, where: MixerInputs, state: State | None
 ) -> tuple[torch.Tensor, State]:
     """Run a recurrence in the form that `choose` says.
 
@@ -40,14 +42,14 @@ def run(
         op: the recurrence, `OP` of its file in mixers/ops.
         form: the mixer's option.
         chunk: tokens per chunk; None for the recurrence's own choice.
-        inputs: its tensors, as its forms take them, (B, T, ...) first.
+        inputs: its arguments, as its forms take them; the first is a tensor (B, T, ...).
         where: padding and document borders.
         state: its tensors from the previous call. Without gradients a call of one token overwrites them.
 
     Returns:
         The output and the new state.
     """
-    first = next(x for x in inputs if x is not None)
+    first = inputs[0]
     past = None if state is None else state[0] if len(state) == 1 else state
     if form == "auto" and past is not None and _one_step(first, state, where):
         return op.step(*inputs, past), state  # pyright: ignore[reportReturnType]

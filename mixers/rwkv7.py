@@ -60,7 +60,7 @@ class RWKV7(AttentionMixer):
     def initial(self, row: TensorSpec, generator: torch.Generator | None) -> torch.Tensor:
         """See the base class; the paper's values but for gate, removal and value residual (see the card)."""
         value = super().initial(row, generator)
-        if row.name == "conv":
+        if row.name in ("conv", "window_mix"):
             return value
         identity = self.options.gate_init == "identity"
         constants = {"v0": self.options.value_start, "k_k": 0.85} | dict.fromkeys(ONES, 1.0)

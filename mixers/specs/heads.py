@@ -18,7 +18,17 @@ class HeadOptions(MixerOptions):
 
 
 @dataclass(frozen=True)
-class GatedOptions(HeadOptions):
+class WindowOptions(HeadOptions):
+    """Options of a mixer that may have softmax attention over a short window beside its recurrence."""
+
+    window: int = option(
+        0, "tokens of a softmax window beside the recurrence, mixed per head; 0: none", low=0, high=65536, samples=(7,)
+    )
+    window_share: float = option(0.5, "share of the window's output at the start; learnt", low=0.01, high=0.99)
+
+
+@dataclass(frozen=True)
+class GatedOptions(WindowOptions):
     """Options of a mixer with the shared output: a norm per head and a gate."""
 
     gate: str = option(
@@ -92,9 +102,16 @@ def head_rows(geometry: Geometry, options: HeadOptions) -> list[TensorSpec]:
     return rows
 
 
+def window_rows(geometry: Geometry, options: WindowOptions) -> list[TensorSpec]:
+    """The row of the window's share, where there is a window."""
+    if not options.window:
+        return []
+    return [TensorSpec("window_mix", (geometry.num_heads,), "new", f"logit of {options.window_share:g}", fp32=True)]
+
+
 def output_rows(geometry: Geometry, options: GatedOptions) -> list[TensorSpec]:
-    """The rows of the gate and of the output norm."""
-    inner, rows = geometry.inner_size, []
+    """The rows of the window, the gate and the output norm."""
+    inner, rows = geometry.inner_size, window_rows(geometry, options)
     if options.gate != "none":
         start = {"identity": "0: the gate is 1", "sigmoid": "0: the gate is a half"}[options.gate]
         start = "0: the gate is 1" if options.out_norm == "gated_rms" else start
@@ -113,8 +130,23 @@ def head_flops(geometry: Geometry, options: HeadOptions) -> int:
 
 
 def output_flops(geometry: Geometry, options: GatedOptions) -> int:
-    """Forward FLOPs per token of the gate's projection."""
-    return 0 if options.gate == "none" else 2 * geometry.hidden_size * geometry.inner_size
+    """Forward FLOPs per token of the gate's projection and of the window."""
+    gate = 0 if options.gate == "none" else 2 * geometry.hidden_size * geometry.inner_size
+    return gate + window_flops(geometry, options.window)
+
+
+def window_flops(geometry: Geometry, window: int, sinks: int = 0) -> int:
+    """Forward FLOPs per token of scores and read-out, in the blocks that mixers/ops/window.py cuts."""
+    if not window:
+        return 0
+    block = min(max(window, 32), 128)
+    keys = block * (1 + -(-(window - 1) // block)) + sinks
+    return geometry.num_heads * 4 * keys * geometry.head_dim
+
+
+def window_numbers(geometry: Geometry, options: HeadOptions, window: int, sinks: int = 0) -> int:
+    """Numbers in a window's state: keys, values and a count."""
+    return 2 * (window + sinks) * _kv_size(geometry, options) + 1 if window else 0
 
 
 def head_bytes(geometry: Geometry, options: HeadOptions, *states: int) -> int:
@@ -122,9 +154,11 @@ def head_bytes(geometry: Geometry, options: HeadOptions, *states: int) -> int:
 
     Args:
         geometry: of the attention being replaced.
-        options: of the mixer.
+        options: of the mixer; a window beside the recurrence is counted too.
         states: numbers in each state tensor; without any, one d x d matrix per head.
     """
     numbers = sum(states) if states else geometry.num_heads * geometry.head_dim**2
     numbers += max(0, options.conv - 1) * (geometry.inner_size + 2 * _kv_size(geometry, options))
+    if isinstance(options, WindowOptions):
+        numbers += window_numbers(geometry, options, options.window)
     return 4 * numbers

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .base import Geometry, MixerSpec, TensorSpec, option
-from .heads import HeadOptions, chunk_length, head_bytes, head_flops, head_rows
+from .heads import WindowOptions, chunk_length, head_bytes, head_flops, head_rows, window_flops, window_rows
 
 
 @dataclass(frozen=True)
-class RWKV7Options(HeadOptions):
+class RWKV7Options(WindowOptions):
     """Options of `rwkv7`."""
 
     balance_state: bool = option(True, "write k (1 - w + a), as much as decay and removal take (the paper's mixer)")
@@ -68,7 +68,7 @@ class RWKV7Spec(MixerSpec):
             ]
 
         ramp = f"-6.5 + 5 (n / (C - 1))^{0.85 + position**0.5:.2f} over channels n"
-        rows = head_rows(geometry, options)
+        rows = head_rows(geometry, options) + window_rows(geometry, options)
         rows.append(TensorSpec("w0", (inner,), "new", ramp, fp32=True))
         rows += low_rank("w", "0", "orthogonal, 0.1")
         rows.append(TensorSpec("a0", (inner,), "new", f"logit of {options.removal:g}"))
@@ -97,7 +97,7 @@ class RWKV7Spec(MixerSpec):
         rank = ranks(geometry.hidden_size, options)
         if not options.value_residual:
             rank.pop("v")
-        flops = head_flops(geometry, options)
+        flops = head_flops(geometry, options) + window_flops(geometry, options.window)
         flops += sum(2 * r * (geometry.hidden_size + geometry.inner_size) for r in rank.values())
         # Per token and head: scores; values seen, solve (half a square); writes; reads inside; reads of state, scan.
         inside = 8 * chunk * d + 2 * chunk * d + chunk * 2 * d + 6 * d * d + 6 * chunk * d
