@@ -27,7 +27,7 @@ TEACHER = {
     "max_position_embeddings": 512,
 }
 # What a recipe for any teacher leaves to the user.
-OPEN = {"rwkv7", "gated_deltanet"}
+OPEN = {"convert", "rwkv7", "gated_deltanet"}
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def given(tmp_path: Path) -> list[str]:
 
 def test_shipped_are_the_files_in_the_folder():
     assert loader.shipped() == NAMES
-    assert len(NAMES) == len(list(from_folder.rglob("*.yaml"))) == 4
+    assert len(NAMES) == len(list(from_folder.rglob("*.yaml"))) == 5
 
 
 @pytest.mark.parametrize("name", NAMES)
