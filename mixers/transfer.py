@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -31,17 +31,21 @@ class TransferReport:
         copied: parameter name -> attention tensor that it equals.
         derived: parameter name -> function of an attention tensor.
         new: parameter name -> initial value, in words.
+        dropped: attention tensors that the mixer has no use for, as its spec says.
         parameters: elements by source.
+        notes: what attention did and the mixer does not do, in words.
     """
 
     copied: dict[str, str] = field(default_factory=dict)
     derived: dict[str, str] = field(default_factory=dict)
     new: dict[str, str] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
     parameters: dict[str, int] = field(default_factory=lambda: {"copied": 0, "derived": 0, "new": 0})
+    notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for result.json."""
-        return {"copied": self.copied, "derived": self.derived, "new": self.new, "parameters": self.parameters}
+        return asdict(self)
 
 
 @torch.no_grad()
@@ -52,11 +56,11 @@ def transfer(
 
     Args:
         mixer: freshly built; every parameter is overwritten.
-        attention: the attention's parameters by name (`q_proj.weight`, ...). Each must be used.
+        attention: the attention's parameters by name (`q_proj.weight`, ...). Each must be used, or dropped by the spec.
         generator: a CPU generator for the rows that are new.
 
     Returns:
-        Every parameter, under copied, derived or new.
+        Every parameter, under copied, derived or new, and what was dropped.
 
     Raises:
         ValueError: a parameter without a row, a row without a parameter or source, shapes that differ, a dtype that
@@ -83,12 +87,17 @@ def transfer(
             problem = _misfit(row.name, value, parameters[row.name])
             problems += [problem] if problem else []
             values[row.name] = value
-    problems += [f"attention tensor {name} would be dropped: no row uses it" for name in attention if name not in used]
+    dropped = mixer.spec.drops(mixer.geometry, mixer.options)
+    problems += [
+        f"attention tensor {name} would be dropped: no row uses it"
+        for name in attention
+        if name not in used and name not in dropped
+    ]
     if problems:
         raise ValueError(f"transfer to {mixer.spec.name}, layer {mixer.layer_idx}:\n" + "\n".join(problems))
 
     mixer.reset_parameters(generator)
-    report = TransferReport()
+    report = TransferReport(dropped=[name for name in attention if name in dropped])
     for row in table.values():
         if row.name in values:
             parameters[row.name].copy_(values[row.name])

@@ -206,6 +206,16 @@ class MixerSpec:
         return None
 
     @staticmethod
+    def reach(options: Any) -> int | None:
+        """How many tokens back an output of one layer can depend on; None where there is no limit."""
+        return None
+
+    @staticmethod
+    def drops(geometry: Geometry, options: Any) -> tuple[str, ...]:
+        """The attention's tensors that transfer leaves behind on purpose, by name; any other must have a row."""
+        return ()
+
+    @staticmethod
     def tensors(geometry: Geometry, options: Any, *, first: bool, position: float) -> list[TensorSpec]:
         """The table of the mixer's parameters, by name (their order is that of the card, not of the module).
 

@@ -104,7 +104,8 @@ def test_bf16_inputs_and_parameters(name, options, small, make_stack, make_cache
         assert out.dtype == torch.bfloat16
         assert all(part.dtype == torch.float32 for layer in cache.layers for part in layer.state)
         close(out, truth, 8e-2, "output")
-        out.float().sum().backward()
+        if out.requires_grad:
+            out.float().sum().backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in stack.parameters())
 
 

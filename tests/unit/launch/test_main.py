@@ -133,7 +133,8 @@ def test_a_mixer_shows_its_card(capsys, name):
     text = capsys.readouterr().out
     assert cli.main(["show", "--mixer", name, "--json"]) == 0
     card = json.loads(capsys.readouterr().out)
-    assert card["name"] == name and card["state_bytes"] > 0
+    spec = look.registry.spec(name)
+    assert card["name"] == name and (card["state_bytes"] > 0) == (spec.reach(spec.options()) != 0)
     for row in card["tensors"]:
         assert row["name"] in text and row["source"] in ("copied", "derived", "new")
     for option in card["options"]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from relinear.distill.errors import UserError
+from relinear.mixers import registry
 from relinear.recipes import loader, overrides, units, yaml_text
 
 GOOD = """\
@@ -62,7 +63,7 @@ def test_five_mistakes_are_five_lines_with_their_places(write):
     assert errors(write(text)) == [
         "mine.yaml:2: teacher.revison: unknown key. Did you mean revision?",
         "mine.yaml:4: layers.mixer: unknown mixer 'gatd_deltanet'. Did you mean gated_deltanet? "
-        "Available: rwkv7, gated_deltanet",
+        f"Available: {', '.join(registry.names())}",
         "mine.yaml:5: layers.keep: layer 1 is named twice; name each layer once",
         "mine.yaml:11: stages.glue.tokens: expected a count such as 16384, 64k, 2M or 1Mi "
         "(k, M, B are decimal; Ki, Mi binary), found '1.5Q'",
