@@ -14,6 +14,8 @@ goes. All of it is a function of the document's tokens alone, however they were 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn.functional import pad
 
@@ -24,23 +26,6 @@ BLOCK = 128
 """Most queries per block. Each block meets the keys of its own and of as many blocks before it as the window needs."""
 
 WindowState = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def window_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    window: int,
-    scale: float,
-    softcap: float | None = None,
-    sinks: int = 0,
-    state: WindowState | None = None,
-    padding: torch.Tensor | None = None,
-    segments: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, WindowState]:
-    """One token by `recurrent`, more in blocks; see there for arguments and results."""
-    form = recurrent if q.shape[1] == 1 else chunked
-    return form(q, k, v, window, scale, softcap, sinks, state=state, padding=padding, segments=segments)
 
 
 def recurrent(
@@ -115,7 +100,7 @@ def chunked(
     segments: torch.Tensor | None = None,
     chunk: int | None = None,
 ) -> tuple[torch.Tensor, WindowState]:
-    """The same in blocks of `chunk` queries (by default the window, 32 at least and 128 at most).
+    """The same in blocks of `chunk` queries (by default half the window, 32 at least and 128 at most).
 
     Arguments and results as `recurrent`. Memory is linear in T.
     """
@@ -127,7 +112,8 @@ def chunked(
         blocks = Blocks(row, window, sinks, chunk)
         weights = blocks.logits(q_, k_, carried[0], scale, softcap).softmax(-1)
         o = blocks.read(weights, v_, carried[1])
-        return row.restore(o).to(v.dtype), row.remember(k_, v_, carried, window, sinks)
+        (keys, values), count = row.remember((k_, v_), carried[:2], window, sinks)
+        return row.restore(o).to(v.dtype), (keys, values, count)
 
 
 @torch.no_grad()
@@ -206,9 +192,8 @@ class Row:
 
     Attributes:
         length: tokens T.
-        start: (R, T) place in this call at which the token's document began, 0 for the incoming document as well; R is
-            the batch size, or 1 where all rows are alike.
-        real: (R,) tokens that exist; `compact` puts them first.
+        real: (R,) tokens that exist; `compact` puts them first. R is the batch size, or 1 where all rows are alike.
+        start: (R, T) place in this call at which the token's document began, 0 for the incoming document as well.
         before: (R,) count of the incoming state.
         fresh: no state came in.
         whole: rows are single documents and no state came in.
@@ -227,12 +212,12 @@ class Row:
         rows = 1 if self.whole and padding is None else batch
         self.padding = padding
         self.order = None if padding is None else padding.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        self.real = torch.full((rows,), self.length, device=device) if padding is None else padding.sum(1)
         self.start = torch.zeros(rows, self.length, dtype=torch.long, device=device)
         if segments is not None:
-            numbers = segments if self.order is None else segments.gather(1, self.order)
-            changed = numbers[:, 1:] != numbers[:, :-1]
-            self.start[:, 1:] = (changed * torch.arange(1, self.length, device=device)).cummax(1).values
-        self.real = torch.full((rows,), self.length, device=device) if padding is None else padding.sum(1)
+            numbers, place = self.compact(segments), torch.arange(1, self.length, device=device)
+            changed = (numbers[:, 1:] != numbers[:, :-1]) & (place < self.real[:, None])
+            self.start[:, 1:] = (changed * place).cummax(1).values
         self.before = torch.zeros(rows, dtype=torch.long, device=device) if state is None else state[2][:, 0].long()
 
     def compact(self, x: torch.Tensor) -> torch.Tensor:
@@ -246,14 +231,20 @@ class Row:
         x = x.gather(1, _like(self.order.argsort(1), x))
         return x.masked_fill(~self.padding.view(*self.padding.shape, *(1,) * (x.dim() - 2)), 0.0)
 
+    def in_turn(self, ring: torch.Tensor, number: int, window: int, sinks: int) -> torch.Tensor:
+        """The last `number` tokens before this call from the state's places: (B, K, S, d) -> (B, K, number, d)."""
+        turns = self.before[:, None] - sinks + torch.arange(-number, 0, device=ring.device)
+        index = (sinks + turns % window)[:, None, :, None]
+        return ring.gather(2, index.expand(-1, ring.shape[1], -1, ring.shape[3]))
+
     def remember(
-        self, k: torch.Tensor, v: torch.Tensor, carried: WindowState, window: int, sinks: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The state after the call from compacted keys and values (B, T, K, d) and the state before it."""
-        batch, size = len(k), sinks + window
+        self, tokens: Sequence[torch.Tensor], carried: Sequence[torch.Tensor], window: int, sinks: int
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """The places and the count after the call, from compacted tokens (B, T, K, d) and the places before it."""
+        batch, size = len(carried[0]), sinks + window
         last = self.start.gather(1, (self.real - 1).clamp(min=0)[:, None])[:, 0]
         total = self.real + torch.where(last == 0, self.before, -last)  # tokens of the last document
-        places = torch.arange(size, device=k.device)
+        places = torch.arange(size, device=last.device)
         newest = total[:, None] - 1
         turn = newest - (newest - places) % window  # the newest token whose turn it was at each place
         held = torch.where(places < sinks, places, turn)
@@ -262,11 +253,11 @@ class Row:
         ended = (last > 0)[:, None, None, None]  # the incoming document did
         index = source.clamp(0, self.length - 1).expand(batch, -1)
         kept = []
-        for x, old in zip((k, v), carried[:2], strict=True):
+        for x, old in zip(tokens, carried, strict=True):
             found = x.gather(1, _like(index, x)).transpose(1, 2)
             kept.append(torch.where(arrived, found, old.masked_fill(ended, 0.0)).contiguous())
         count = torch.where(total >= size, size + (total - size) % window, total)
-        return kept[0], kept[1], count.to(k.dtype)[:, None].expand(batch, 1).clone()
+        return tuple(kept), count.to(carried[0].dtype)[:, None].expand(batch, 1).clone()
 
 
 class Blocks:
@@ -277,7 +268,7 @@ class Blocks:
 
     def __init__(self, row: Row, window: int, sinks: int, chunk: int | None) -> None:
         self.row, self.window, self.sinks = row, window, sinks
-        self.size = min(chunk or min(max(window, 32), BLOCK), row.length)
+        self.size = min(chunk or min(max(window // 2, 32), BLOCK), row.length)
         self.number = -(-row.length // self.size)
         self.back = -(-(window - 1) // self.size)
         if row.fresh:
@@ -325,9 +316,7 @@ class Blocks:
         if self.past and row.fresh:
             line = pad(line, (0, 0, self.past, 0))
         elif self.past:
-            turns = row.before[:, None] - self.sinks + torch.arange(-self.past, 0, device=x.device)
-            index = (self.sinks + turns % self.window)[:, None, :, None]
-            line = torch.cat([carried.gather(2, index.expand(-1, heads, -1, dim)), line], 2)
+            line = torch.cat([row.in_turn(carried, self.past, self.window, self.sinks), line], 2)
         line = line.view(batch, heads, -1, self.size, dim)
         parts = [line[:, :, i : i + self.number] for i in range(self.back + 1)]
         if self.far:

@@ -135,11 +135,11 @@ def output_flops(geometry: Geometry, options: GatedOptions) -> int:
     return gate + window_flops(geometry, options.window)
 
 
-def window_flops(geometry: Geometry, window: int, sinks: int = 0) -> int:
-    """Forward FLOPs per token of scores and read-out, in the blocks that mixers/ops/window.py cuts."""
+def window_flops(geometry: Geometry, window: int, sinks: int = 0, chunk: int | None = None) -> int:
+    """Forward FLOPs per token of scores and read-out, in the blocks that mixers/ops/window.py cuts of long rows."""
     if not window:
         return 0
-    block = min(max(window, 32), 128)
+    block = chunk or min(max(window // 2, 32), 128)
     keys = block * (1 + -(-(window - 1) // block)) + sinks
     return geometry.num_heads * 4 * keys * geometry.head_dim
 
