@@ -120,8 +120,8 @@ class MixerOptions:
 
     form: str = option(
         "auto",
-        "form of the recurrence: step by step, chunked in plain torch, or chosen for the device",
-        choices=("auto", "chunked", "recurrent"),
+        "form of the recurrence: step by step, chunked in plain torch, fused kernels, or chosen for the device",
+        choices=("auto", "chunked", "recurrent", "fused"),
     )
 
     @classmethod

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from relinear.mixers import kernels, registry
+from relinear.mixers import registry
 from relinear.mixers.gated_deltanet import GatedDeltaNet
 from relinear.mixers.heads import HeadNorm, rotate, unit
 from relinear.mixers.rwkv7 import RWKV7
@@ -58,17 +58,6 @@ def test_ranks_are_the_papers():
         found = ranks(hidden, RWKV7Options())
         assert (found["w"], found["a"], found["v"], found["g"]) == (decay, decay, value, gate)
     assert ranks(896, RWKV7Options(gate_rank=5))["g"] == 5
-
-
-def test_the_form_is_chosen_and_explained():
-    cpu = torch.device("cpu")
-    assert kernels.choose("auto", cpu, 1)[0] == "recurrent"
-    assert kernels.choose("auto", cpu, 512)[0] == "chunked"
-    assert kernels.choose("recurrent", cpu, 512) == ("recurrent", "asked for")
-    assert kernels.choose("chunked", cpu, 1)[0] == "chunked"
-    assert all(kernels.choose("auto", cpu, length)[1] for length in (1, 512))
-    with pytest.raises(ValueError, match="none of auto"):
-        kernels.choose("fused", cpu, 1)
 
 
 def test_rotate_is_transformers_rotation():
