@@ -123,21 +123,29 @@ def chunked(
         return join(out, batch, length, heads).to(v.dtype), S.unflatten(0, (batch, heads))
 
 
-@torch.no_grad()
 def step(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, state: torch.Tensor
 ) -> torch.Tensor:
-    """One token: inputs as `recurrent` with T = 1, output (B, 1, H, dv). Overwrites `state`, and `g` with its exp."""
-    flat = state.flatten(0, 1)
-    k_, q_, g_ = (x.to(state.dtype).reshape(len(flat), 1, -1) for x in (k, q, g))
-    out = torch.empty_like(v, dtype=state.dtype, memory_format=torch.contiguous_format)
-    row = out.view(len(flat), 1, -1)
-    flat.mul_(g_.exp_().mT)
-    torch.bmm(k_, flat, out=row)
-    torch.sub(v, out, out=out).mul_(beta[..., None])
-    flat.addcmul_(k_.mT, row)
-    torch.bmm(q_, flat, out=row)
-    return out.to(v.dtype)
+    """One token, without gradients. Overwrites `state` and `g` and allocates nothing but its result.
+
+    Args:
+        q, k, g: (B, 1, H, dk). v: (B, 1, H, dv). beta: (B, 1, H). As in `recurrent`.
+        state: (B, H, dk, dv) fp32 or fp64, contiguous.
+
+    Returns:
+        (B, 1, H, dv) in the dtype of v.
+    """
+    with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
+        S = state.flatten(0, 1)
+        k_, q_, g_ = (x.to(S.dtype).reshape(len(S), 1, -1) for x in (k, q, g))
+        out = torch.empty_like(v, dtype=S.dtype, memory_format=torch.contiguous_format)
+        row = out.view(len(S), 1, -1)
+        S.mul_(g_.exp_().mT)
+        torch.bmm(k_, S, out=row)
+        torch.sub(v, out, out=out).mul_(beta[..., None])
+        S.addcmul_(k_.mT, row)
+        torch.bmm(q_, S, out=row)
+        return out.to(v.dtype)
 
 
 def _decayed(

@@ -120,28 +120,36 @@ def chunked(
         return out.to(v.dtype), (C, n, last)
 
 
-@torch.no_grad()
 def step(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, i: torch.Tensor, f: torch.Tensor, state: State
 ) -> torch.Tensor:
-    """One token: inputs as `recurrent` with T = 1, output (B, 1, H, dv). Overwrites `state`, and i and f as scratch."""
-    C, n, m = (part.flatten(0, 1) for part in state)
-    k_, q_ = (x.to(C.dtype).reshape(len(C), 1, -1) for x in (k, q))
-    write, keep = (x.to(C.dtype).reshape(-1) for x in (i, f))
-    out = torch.empty_like(v, dtype=C.dtype, memory_format=torch.contiguous_format)
-    row = out.view(len(C), 1, -1)
-    keep.add_(m)
-    torch.maximum(keep, write, out=m)
-    keep.sub_(m).exp_()
-    write.sub_(m).exp_()
-    torch.mul(v, write.view(*v.shape[:3], 1), out=out)
-    C.mul_(keep[:, None, None]).addcmul_(k_.mT, row)
-    n.mul_(keep[:, None]).addcmul_(k_[:, 0], write[:, None])
-    torch.bmm(q_, C, out=row)
-    torch.bmm(q_, n[..., None], out=write[:, None, None]).abs_()
-    torch.neg(m, out=keep).exp_()
-    row.div_(torch.maximum(write, keep, out=write)[:, None, None])
-    return out.to(v.dtype)
+    """One token, without gradients. Overwrites `state`, `i` and `f` and allocates nothing but its result.
+
+    Args:
+        q, k: (B, 1, H, dk). v: (B, 1, H, dv). i, f: (B, 1, H). As in `recurrent`.
+        state: C (B, H, dk, dv), n (B, H, dk) and m (B, H), fp32 or fp64, contiguous.
+
+    Returns:
+        (B, 1, H, dv) in the dtype of v.
+    """
+    with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
+        C, n, m = (part.flatten(0, 1) for part in state)
+        k_, q_ = (x.to(C.dtype).reshape(len(C), 1, -1) for x in (k, q))
+        write, keep = (x.to(C.dtype).reshape(-1) for x in (i, f))
+        out = torch.empty_like(v, dtype=C.dtype, memory_format=torch.contiguous_format)
+        row = out.view(len(C), 1, -1)
+        keep.add_(m)
+        torch.maximum(keep, write, out=m)
+        keep.sub_(m).exp_()
+        write.sub_(m).exp_()
+        torch.mul(v, write.view(*v.shape[:3], 1), out=out)
+        C.mul_(keep[:, None, None]).addcmul_(k_.mT, row)
+        n.mul_(keep[:, None]).addcmul_(k_[:, 0], write[:, None])
+        torch.bmm(q_, C, out=row)
+        torch.bmm(q_, n[..., None], out=write[:, None, None]).abs_()
+        torch.neg(m, out=keep).exp_()
+        row.div_(torch.maximum(write, keep, out=write)[:, None, None])
+        return out.to(v.dtype)
 
 
 class _Gates(NamedTuple):
