@@ -7,8 +7,8 @@ import torch
 
 from relinear.mixers.ops import window as ops
 
-SHAPES = [(1, 0), (2, 0), (5, 2), (8, 0), (13, 3), (40, 4), (64, 0), (500, 1)]
-LENGTHS = [1, 2, 33, 70, 130]
+SHAPES = [(1, 0), (2, 1), (8, 0), (13, 3), (64, 0), (500, 1)]
+LENGTHS = [1, 33, 130]
 
 
 def inputs(length, batch=2, heads=4, kv=2, dk=6, dv=5):
@@ -56,7 +56,7 @@ def test_every_form_is_the_masked_softmax(form, window, sinks, length):
             assert torch.allclose(found, full(*x, window, 0.7, softcap, sinks, **where), atol=1e-12), where.keys()
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 16, None])
+@pytest.mark.parametrize("chunk", [1, 3, None])
 @pytest.mark.parametrize(("window", "sinks"), SHAPES)
 def test_state_and_gradients_equal_those_of_recurrent(window, sinks, chunk):
     """With a state that has wrapped around or not, and the gradients of inputs, state and final state."""
@@ -135,14 +135,13 @@ def test_no_graph_break():
     """Forward and backward in one graph each, with a state, padding and borders."""
     run = torch.compile(ops.chunked, backend="aot_eager", fullgraph=True)
     _, state = ops.recurrent(*inputs(5), 4, 0.7, None, 1)
-    for where in places(12):
-        for carried in (None, state):
-            leaves = [part.requires_grad_() for part in inputs(12)]
-            results = []
-            for form in (run, ops.chunked):
-                out, after = form(*leaves, 4, 0.7, 2.0, 1, state=carried, **where)
-                results.append([out, *after, *torch.autograd.grad(out.square().sum() + after[0].sum(), leaves)])
-            assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*results, strict=True))
+    for where, carried in ((places(12)[0], None), (places(12)[3], state)):
+        leaves = [part.requires_grad_() for part in inputs(12)]
+        results = []
+        for form in (run, ops.chunked):
+            out, after = form(*leaves, 4, 0.7, 2.0, 1, state=carried, **where)
+            results.append([out, *after, *torch.autograd.grad(out.square().sum() + after[0].sum(), leaves)])
+        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*results, strict=True))
 
 
 def test_memory_is_linear_in_length():
