@@ -77,15 +77,18 @@ class Borders(NamedTuple):
     carries: torch.Tensor
 
 
-def borders(segments: torch.Tensor, chunk: int, dtype: torch.dtype) -> Borders:
-    """Borders from (B, T) document numbers. The state before the first token belongs to the first token's document."""
+def borders(segments: torch.Tensor, chunk: int, dtype: torch.dtype, previous: torch.Tensor | None = None) -> Borders:
+    """Borders from (B, T) document numbers.
+
+    The state before the first token belongs to the (B,) documents `previous`, by default the first token's.
+    """
     batch, length = segments.shape
     if length % chunk:
         tail = segments[:, -1:].expand(batch, -length % chunk)
         segments = torch.cat([segments, tail], 1)
     inside = segments.view(batch, -1, chunk).transpose(0, 1)  # (N, B, C)
     last = inside[:, :, -1]
-    before = torch.cat([inside[:1, :, 0], last[:-1]])
+    before = torch.cat([inside[:1, :, 0] if previous is None else previous[None], last[:-1]])
     return Borders(
         pairs=(inside[..., :, None] == inside[..., None, :]).unsqueeze(2),
         sees=(inside == before[..., None])[:, :, None, :, None].to(dtype),

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import torch
 
-from .chunks import borders, compute_dtype, initial_state, join, real_segments, scan, split
+from .chunks import Borders, compute_dtype, initial_state, real_segments
+from .decays import flows_after, scalar_decay_gradient, scalar_decays, states_before
 from .op import Op
+from .segmented import Kernel, Parts, Tensors, segmented
 
-CHUNK = 64
+CHUNK = 32
 
 
 def recurrent(
@@ -74,35 +76,49 @@ def chunked(
 
     Arguments and results as `recurrent`.
     """
-    batch, length, heads, dk = k.shape
+    batch, _, heads, dk = k.shape
     dtype = compute_dtype(v.dtype)
     with torch.autocast(v.device.type, enabled=False):
         S = initial_state(state, batch, heads, dk, v.shape[-1], v, dtype)
-        q_, k_, v_, g_ = (split(x, chunk, dtype) for x in _masked(q, k, v, g, padding, dtype))
-        G = g_.double().cumsum(-1)
-        hidden = torch.ones(chunk, chunk, dtype=torch.bool, device=v.device).triu(1)
-        inflow = G.exp()[..., None].to(dtype)
-        outflow = (G[:, -1:] - G).exp()[..., None].to(dtype)
-        carry = inflow[:, -1:]
-        gaps = (G[:, :, None] - G[:, None, :]).to(dtype)
-        real = real_segments(segments, padding)
-        if real is None:
-            gaps = gaps.masked_fill(hidden, float("-inf"))
-        else:
-            border = borders(real, chunk, dtype)
-            view = (-1, batch, heads)
-            gaps = gaps.unflatten(0, view).masked_fill(hidden | ~border.pairs, float("-inf")).flatten(0, 2)
-            inflow = (inflow.unflatten(0, view) * border.sees).flatten(0, 2)
-            outflow = (outflow.unflatten(0, view) * border.leaves).flatten(0, 2)
-            carry = (carry.unflatten(0, view) * border.carries).flatten(0, 2)
-        written = torch.bmm((k_ * outflow).mT, v_)
-        before, S = scan(
-            (carry * torch.eye(dk, dtype=dtype, device=v.device)).unflatten(0, (-1, batch * heads)),
-            written.unflatten(0, (-1, batch * heads)),
-            S.flatten(0, 1),
-        )
-        out = torch.baddbmm(torch.bmm(torch.bmm(q_, k_.mT) * gaps.exp(), v_), q_ * inflow, before)
-        return join(out, batch, length, heads).to(v.dtype), S.unflatten(0, (batch, heads))
+        if padding is not None:
+            q, k, v, g = _masked(q, k, v, g, padding, dtype)
+        out, (S,) = segmented(_KERNEL, (q, k, v, g), (S,), chunk, real_segments(segments, padding))
+        return out.to(v.dtype), S
+
+
+def _forward(parts: Parts, states: Tensors, border: Borders | None) -> tuple[torch.Tensor, Tensors, Tensors]:
+    q, k, v, g = parts
+    (first,) = states
+    decays = scalar_decays(g, k, border)
+    before, last = states_before(torch.bmm((k * decays.outflow).mT, v), decays.carry, first)
+    out = torch.bmm(torch.bmm(q, k.mT).mul_(decays.pairs), v).baddbmm_(q * decays.inflow, before)
+    return out, (last,), (before,)
+
+
+def _backward(
+    parts: Parts, kept: Tensors, border: Borders | None, grad: torch.Tensor, flows: Tensors, needs: tuple[bool, ...]
+) -> tuple[Parts, Tensors]:
+    q, k, v, g = parts
+    (before,) = kept
+    decays = scalar_decays(g, k, border)
+    after, flow = flows_after(torch.bmm((q * decays.inflow).mT, grad), decays.carry, flows[0])
+    scores = torch.bmm(q, k.mT).mul_(decays.pairs)
+    pull = torch.bmm(grad, v.mT)
+    dv = torch.bmm(k * decays.outflow, after).baddbmm_(scores.mT, grad)
+    dq = torch.bmm(grad, before.mT).mul_(decays.inflow)
+    dk = torch.bmm(v, after.mT).mul_(decays.outflow)
+    dg = None
+    if needs[3]:
+        read, sent = (q * dq).sum(-1), (k * dk).sum(-1)
+        held = (before * after).sum((1, 2)) * decays.carry.flatten() + sent.sum(1)
+        dg = scalar_decay_gradient(scores.mul_(pull), read, sent, held)
+        if g.dim() == 1:
+            dg = dg.sum(1).view(-1, len(g)).sum(0)
+    pull.mul_(decays.pairs)
+    return (dq.baddbmm_(pull, k), dk.baddbmm_(pull.mT, q), dv, dg), (flow,)
+
+
+_KERNEL = Kernel(_forward, _backward)
 
 
 def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
