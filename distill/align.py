@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..mixers.base import Mixer, MixerInputs
 from .data.batch import Batch
+from .errors import UserError
 from .losses import ALIGN, align_loss
 from .precision import autocast, no_autocast
 from .stage import Group, Stage, StageSettings
@@ -31,6 +32,7 @@ def align_stage(teacher: Teacher, mixers: dict[int, Mixer], settings: StageSetti
 
     Raises:
         ValueError: no mixer, or an unknown loss.
+        UserError: no mixer has anything to train.
     """
     if not mixers:
         raise ValueError("align needs at least one converted layer")
@@ -41,7 +43,14 @@ def align_stage(teacher: Teacher, mixers: dict[int, Mixer], settings: StageSetti
     groups = [
         Group(f"layer {layer}", {f"{layer}.{key}": p for key, p in mixers[layer].named_parameters()})
         for layer in layers
+        if any(True for _ in mixers[layer].parameters())
     ]
+    if not groups:
+        kinds = ", ".join(sorted({mixer.spec.name for mixer in mixers.values()}))
+        raise UserError(
+            f"stages.{name}: no converted layer has anything to train (mixer {kinds}). Leave the stage out, or choose "
+            "other options: relinear show --mixer " + kinds.split(", ")[0]
+        )
     return Stage(
         name=name,
         module=module,
@@ -95,7 +104,7 @@ def align_step(
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             wanted = output[0] if isinstance(output, tuple) else output
-            rotary = kwargs.get("position_embeddings")
+            rotary = kwargs.get("position_embeddings")  # given to layers without rotary embedding too
             if precision == "fp32":
                 given, rotary = given.float(), None if rotary is None else tuple(r.float() for r in rotary)
             with torch.set_grad_enabled(backward):
@@ -103,7 +112,7 @@ def align_step(
                     made, _ = mixer(given, position_embeddings=rotary, mixer_inputs=inputs)
                 with no_autocast(device):
                     value = align_loss(loss, made, wanted, mask, total)
-                    if backward:
+                    if backward and value.requires_grad:  # a mixer without parameters has none
                         value.backward()
             losses[f"layer {layer}"] = value.detach()
             inputs.shared = {key: tensor.detach() for key, tensor in inputs.shared.items()}
@@ -119,5 +128,5 @@ def align_step(
         stack.enter_context(torch.no_grad())
         stack.enter_context(autocast(device, precision))
         with suppress(_LastLayerDone):
-            teacher.model.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+            teacher.backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
     return {"loss": torch.stack(list(losses.values())).mean(), **losses}

@@ -30,7 +30,7 @@ def glue_stage(teacher: Teacher, student: Any, settings: StageSettings, name: st
 
     Raises:
         ValueError: unknown `train`, or a loss without weight.
-        UserError: the teacher does something to its logits that the loss would not see.
+        UserError: the output head is not a linear layer.
     """
     if settings.train not in TRAIN:
         raise ValueError(f"{name} cannot train {settings.train!r}. Available: {', '.join(TRAIN)}")
@@ -78,8 +78,8 @@ def glue_step(
     with autocast(device, settings.precision):
         if weights.get("kl") or weights.get("reverse_kl"):
             with torch.no_grad():
-                wanted = teacher.model.model(**call).last_hidden_state
-        made = student.model(**call).last_hidden_state
+                wanted = teacher.backbone(**call).last_hidden_state
+        made = student.base_model(**call).last_hidden_state
         loss, terms = logit_loss(
             made,
             student.get_output_embeddings(),
@@ -90,6 +90,8 @@ def glue_step(
             weights,
             total=total,
             temperature=settings.temperature,
+            scale=teacher.head.scale,
+            softcap=teacher.head.softcap,
         )
     with no_autocast(device):
         loss.backward()
@@ -115,10 +117,11 @@ def first_bad_layer(teacher: Teacher, student: Any, batch: Batch) -> str | None:
             if not (output[0] if isinstance(output, tuple) else output).isfinite().all():
                 found.append(layer)
 
-        layers = model.get_submodule(teacher.family.layers)
+        backbone = model.base_model
+        layers = getattr(backbone, teacher.family.layers)
         handles = [block.register_forward_hook(partial(note, layer=i)) for i, block in enumerate(layers)]
         with torch.no_grad():
-            model.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+            backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
         for handle in handles:
             handle.remove()
         if found:
@@ -155,11 +158,7 @@ def _trains(name: str, train: str, ffn: str) -> bool:
 
 
 def _check_head(model: Any) -> None:
-    """Refuse what `logit_loss`, which sees hidden states and the head only, would silently leave out."""
+    """Refuse a head that `logit_loss`, which multiplies by a weight, cannot compute."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise UserError(f"{type(model).__name__}: its output head is {type(head).__name__}, glue knows nn.Linear only")
-    for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        value = getattr(model.config, key, None)
-        if value is not None and value != 1:
-            raise UserError(f"{type(model).__name__}: config.json sets {key}={value}, which glue does not know")

@@ -60,6 +60,8 @@ def logit_loss(
     *,
     total: int | None = None,
     temperature: float = 1.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted mix of forward KL, reverse KL and cross-entropy over the counted positions.
@@ -85,6 +87,8 @@ def logit_loss(
         weights: of the terms `kl`, `reverse_kl` and `ce`; absent is 0.
         total: counted targets of the whole batch that this micro-batch is a part of; this one's own by default.
         temperature: τ.
+        scale: factor of both models' logits z (Granite, Cohere).
+        softcap: bound c of them, after the factor: c tanh(z / c) (Gemma).
         chunk: positions at once; by default as many as `CHUNK_ELEMENTS` allows.
 
     Returns:
@@ -112,7 +116,7 @@ def logit_loss(
         (teacher, teacher_head.weight, teacher_head.bias) if teacher is not None and teacher_head is not None else None,
         labels,
         (weights.get("kl", 0.0), weights.get("reverse_kl", 0.0), weights.get("ce", 0.0)),
-        (denominator, temperature, per_chunk, torch.is_grad_enabled()),
+        (denominator, temperature, per_chunk, scale, softcap, torch.is_grad_enabled()),
     )
     terms = values[1].detach()
     shown = {name: terms[i] for i, name in enumerate(TERMS) if weights.get(name) or name == "ce"}
@@ -131,9 +135,9 @@ class _LogitLoss(torch.autograd.Function):
         teacher: tuple[Tensor, Tensor, Tensor | None] | None,
         labels: Tensor,
         weights: tuple[float, float, float],
-        numbers: tuple[int, float, int, bool],
+        numbers: tuple[int, float, int, float, float | None, bool],
     ) -> tuple[Tensor, Tensor]:
-        total, temperature, chunk, with_grad = numbers
+        total, temperature, chunk, scale, softcap, with_grad = numbers
         device = hidden.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         exact = torch.promote_types(hidden.dtype, torch.float32)
@@ -149,12 +153,13 @@ class _LogitLoss(torch.autograd.Function):
             for start in range(0, hidden.shape[0], chunk):
                 rows = slice(start, start + chunk)
                 x = hidden[rows].to(compute)
-                z = F.linear(x, head, offset).to(exact)
+                z, slope = _shaped(F.linear(x, head, offset).to(exact), scale, softcap)
                 y = _teacher_logits(teacher, rows, exact, compute if compute != weight.dtype else None)
+                y = None if y is None else _shaped(y, scale, softcap)[0]
                 grad = _terms(z, y, labels[rows], weights, temperature, sums, any(need))
                 if grad is None:
                     continue
-                grad = grad.div_(total)
+                grad = grad.mul_(slope).div_(total) if isinstance(slope, Tensor) else grad.div_(total / slope)
                 small = grad.to(compute)
                 if grad_hidden is not None:
                     grad_hidden[rows] = small @ head
@@ -181,6 +186,17 @@ class _LogitLoss(torch.autograd.Function):
         ]
         ctx.grads = None
         return *grads, None, None, None, None
+
+
+def _shaped(z: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | float]:
+    """Logits as the model gives them, from the head's products z (overwritten), and their derivative by z."""
+    if scale != 1.0:
+        z = z.mul_(scale)
+    if softcap is None:
+        return z, scale
+    bounded = z.div_(softcap).tanh_()
+    slope = bounded.square().neg_().add_(1.0).mul_(scale)
+    return bounded * softcap, slope
 
 
 def _teacher_logits(

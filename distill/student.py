@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from ..mixers import registry
 from ..mixers.base import Mixer
+from ..mixers.transfer import TransferReport
 from ..mixers.transfer import transfer as transfer_weights
+from .family import check_geometry, lost
 from .modeling.classes import student_classes
 from .modeling.config import is_first
 from .teacher import Teacher
@@ -17,7 +20,7 @@ from .teacher import Teacher
 Plan = dict[int, tuple[str, dict[str, Any]]]
 
 
-def transfer(teacher: Teacher, plan: Plan, seed: int = 0) -> tuple[dict[int, Mixer], dict[int, Any]]:
+def transfer(teacher: Teacher, plan: Plan, seed: int = 0) -> tuple[dict[int, Mixer], dict[int, TransferReport]]:
     """Build a mixer for every layer of `plan` and initialise it from the attention that it will replace.
 
     Args:
@@ -26,19 +29,27 @@ def transfer(teacher: Teacher, plan: Plan, seed: int = 0) -> tuple[dict[int, Mix
         seed: of the parameters that have no source; each layer draws from its own stream.
 
     Returns:
-        The mixers (fp32, on the teacher's device) and, per layer, the report of where every parameter came from.
+        The mixers (fp32, on the teacher's device) and, per layer, the report of where every parameter came from, by the
+        family's own names of its tensors.
 
     Raises:
+        UserError: a mixer cannot stand in for this attention.
         ValueError: a tensor of the attention has no place in the mixer, or the other way round.
     """
     mixers: dict[int, Mixer] = {}
-    reports: dict[int, Any] = {}
-    for layer, (name, options) in sorted(plan.items()):
-        cls = registry.module(name)
-        mixer = cls(teacher.geometry, cls.spec.options.parse(options), layer, teacher.num_layers, is_first(plan, layer))
-        attention = {key: value.float() for key, value in teacher.attention(layer).state_dict().items()}
+    reports: dict[int, TransferReport] = {}
+    for layer, (name, values) in sorted(plan.items()):
+        cls, shape = registry.module(name), teacher.geometry(layer)
+        options = cls.spec.options.parse(values)
+        check_geometry(cls.spec, shape, options, layer)
+        mixer = cls(shape, options, layer, teacher.num_layers, is_first(plan, layer))
+        attention = {key: value.float() for key, value in teacher.attention_tensors(layer).items()}
         generator = torch.Generator().manual_seed(seed * 10_007 + layer)
-        reports[layer] = transfer_weights(mixer, attention, generator)
+        report = transfer_weights(mixer, attention, generator)
+        report.copied = {key: teacher.family.origin(source) for key, source in report.copied.items()}
+        report.derived = {key: teacher.family.derived(source) for key, source in report.derived.items()}
+        report.notes += lost(cls.spec, shape, options)
+        reports[layer] = report
         mixers[layer] = mixer.to(next(teacher.model.parameters()).device)
     return mixers, reports
 
@@ -47,16 +58,19 @@ def student_config(teacher: Teacher, plan: Plan) -> Any:
     """The student's configuration: the teacher's own fields and ours."""
     from .. import __version__
 
-    types = list(getattr(teacher.config, "layer_types", None) or _attention_types(teacher))
     fields = teacher.config.to_dict()
     for key in ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map", "dtype"):
         fields.pop(key, None)
+    parsed = {layer: (registry.spec(name), values) for layer, (name, values) in plan.items()}
+    mixed = {layer: spec.layer_type(spec.options.parse(values)) for layer, (spec, values) in parsed.items()}
+    layers = range(teacher.num_layers)
     fields.update(
         base_model_type=teacher.family.name,
-        layer_types=["linear_attention" if layer in plan else kind for layer, kind in enumerate(types)],
-        mixer_types=[plan[layer][0] if layer in plan else None for layer in range(teacher.num_layers)],
+        layer_types=[mixed.get(layer, kind) for layer, kind in enumerate(teacher.layer_types)],
+        attention_types=teacher.layer_types,
+        mixer_types=[plan[layer][0] if layer in plan else None for layer in layers],
         mixers=_settings(plan),
-        geometry=dict(teacher.geometry.__dict__),
+        geometry=_shared({layer: asdict(teacher.geometry(layer)) for layer in layers}),
         relinear_version=__version__,
     )
     config = student_classes(teacher.family.name).config(**fields)
@@ -64,30 +78,30 @@ def student_config(teacher: Teacher, plan: Plan) -> Any:
     return config
 
 
-def _attention_types(teacher: Teacher) -> list[str]:
-    return teacher.family.layer_types(teacher.config.to_dict())
-
-
 def _settings(plan: Plan) -> dict[str, Any]:
-    """Options by mixer, as config.json holds them: what most layers share, and under `layers` what differs."""
+    """Options by mixer, as config.json holds them."""
     settings: dict[str, Any] = {}
     for name in dict.fromkeys(name for name, _ in plan.values()):
         parse = registry.spec(name).options.parse
-        whole = {layer: parse(options).to_dict() for layer, (other, options) in plan.items() if other == name}
-        common = {
-            key: Counter(repr(options[key]) for options in whole.values()).most_common(1)[0][0]
-            for key in next(iter(whole.values()))
-        }
-        shared: dict[str, Any] = {}
-        layers: dict[str, Any] = {}
-        for layer, options in whole.items():
-            for key, value in options.items():
-                if repr(value) == common[key]:
-                    shared[key] = value
-                else:
-                    layers.setdefault(str(layer), {})[key] = value
-        settings[name] = {**shared, **({"layers": layers} if layers else {})}
+        settings[name] = _shared({i: parse(options).to_dict() for i, (other, options) in plan.items() if other == name})
     return settings
+
+
+def _shared(layers: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """The values that most layers have, and under `layers` what differs; all layers have the same keys."""
+    common = {
+        key: Counter(repr(values[key]) for values in layers.values()).most_common(1)[0][0]
+        for key in next(iter(layers.values()))
+    }
+    shared: dict[str, Any] = {}
+    differences: dict[str, Any] = {}
+    for layer, values in layers.items():
+        for key, value in values.items():
+            if repr(value) == common[key]:
+                shared[key] = value
+            else:
+                differences.setdefault(str(layer), {})[key] = value
+    return {**shared, **({"layers": differences} if differences else {})}
 
 
 def assemble(teacher: Teacher, mixers: dict[int, Mixer]) -> Any:
@@ -105,14 +119,12 @@ def assemble(teacher: Teacher, mixers: dict[int, Mixer]) -> Any:
     cls = student_classes(teacher.family.name).causal_lm
     student = cls._from_config(config, attn_implementation=teacher.config._attn_implementation)
     student.to(next(teacher.model.parameters()).device)
-    prefix = "model.layers.{}." + teacher.family.attention + "."
+    paths = {layer: teacher.attention_path(layer) + "." for layer in mixers}
     state = {
-        name: value
-        for name, value in teacher.model.state_dict().items()
-        if not any(name.startswith(prefix.format(layer)) for layer in mixers)
+        name: value for name, value in teacher.model.state_dict().items() if not name.startswith(tuple(paths.values()))
     }
     for layer, mixer in mixers.items():
-        state.update({prefix.format(layer) + name: value for name, value in mixer.state_dict().items()})
+        state.update({paths[layer] + name: value for name, value in mixer.state_dict().items()})
     student.load_state_dict(state, strict=True)
     if teacher.model.generation_config is not None:
         student.generation_config = teacher.model.generation_config

@@ -8,13 +8,13 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from ..mixers.specs.base import Geometry
 from . import families
 from .errors import MachineError, UserError
+from .family import Family, Head
 
 DTYPES = ("float32", "bfloat16", "float16")
 _WEIGHT_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "*.md"]
@@ -28,7 +28,7 @@ class Teacher:
         model: the Hugging Face causal language model, in eval mode, no parameter requiring a gradient.
         tokenizer: its tokenizer.
         family: where attention lives.
-        geometry: of its attention.
+        values: its config.json as a dict.
         source: path or Hub id as the user gave it.
         folder: the local folder that was read.
         revision: commit of the Hub snapshot, None for a local folder.
@@ -36,8 +36,8 @@ class Teacher:
 
     model: Any
     tokenizer: Any
-    family: families.Family
-    geometry: Geometry
+    family: Family
+    values: dict[str, Any]
     source: str
     folder: Path
     revision: str | None = None
@@ -57,14 +57,66 @@ class Teacher:
         """Positions that the teacher was made for (max_position_embeddings)."""
         return self.config.max_position_embeddings
 
-    def attention(self, layer: int) -> Any:
-        """The attention module of a layer."""
-        return getattr(self.layers[layer], self.family.attention)
+    @property
+    def backbone(self) -> Any:
+        """The model below the output head: embeddings, decoder layers, final norm."""
+        return getattr(self.model, self.family.backbone)
 
     @property
     def layers(self) -> Any:
         """The decoder layers."""
-        return reduce(getattr, self.family.layers.split("."), self.model)
+        return getattr(self.backbone, self.family.layers)
+
+    @property
+    def head(self) -> Head:
+        """What the model does to the output projection's result."""
+        return self.family.logits(self.values)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What each layer's attention is, in transformers' closed vocabulary."""
+        return self.family.layer_types(self.values)
+
+    def geometry(self, layer: int) -> Geometry:
+        """The shape and conventions of a layer's attention."""
+        return self.family.geometry(self.values, layer)
+
+    def attention(self, layer: int) -> Any:
+        """The attention module of a layer."""
+        return getattr(self.layers[layer], self.family.attention)
+
+    def attention_path(self, layer: int) -> str:
+        """The attention module's name in the model."""
+        family = self.family
+        return f"{family.backbone}.{family.layers}.{layer}.{family.attention}"
+
+    def attention_tensors(self, layer: int) -> dict[str, Any]:
+        """A layer's attention by the names that most families use, fused projections split; copies of fused parts.
+
+        Returns:
+            q_proj, k_proj, v_proj, o_proj (`.weight`, and `.bias` where there is one), q_norm.weight and k_norm.weight
+            where the family has them. Rows are heads in their order.
+        """
+        return split_attention(self.attention(layer).state_dict(), self.family, self.geometry(layer))
+
+
+def split_attention(state: dict[str, Any], family: Family, geometry: Geometry) -> dict[str, Any]:
+    """The tensors of an attention module under their usual names; see `Teacher.attention_tensors`."""
+    if not family.fused:
+        return dict(state)
+    made = {}
+    for name, value in state.items():
+        part, kind = name.rsplit(".", 1)
+        if part == "qkv_proj":
+            pieces = value.split((geometry.inner_size, geometry.kv_size, geometry.kv_size))
+        elif part == "query_key_value":
+            pieces = value.unflatten(0, (geometry.num_heads, 3, geometry.head_dim)).unbind(1)
+            pieces = [piece.flatten(0, 1) for piece in pieces]
+        else:
+            made["o_proj." + kind if part == "dense" else name] = value
+            continue
+        made |= {f"{letter}_proj.{kind}": piece.clone() for letter, piece in zip("qkv", pieces, strict=True)}
+    return made
 
 
 def load_teacher(
@@ -72,7 +124,7 @@ def load_teacher(
     revision: str | None = None,
     dtype: str = "float32",
     device: str = "cpu",
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
 ) -> Teacher:
     """A frozen teacher from a local folder or a Hub id.
 
@@ -81,7 +133,8 @@ def load_teacher(
         revision: branch, tag or commit on the Hub.
         dtype: `float32`, `bfloat16` or `float16`.
         device: where the weights go.
-        attn_implementation: transformers' name of the attention implementation.
+        attn_implementation: transformers' name of the attention implementation; None takes the family's fastest that
+            needs nothing beside torch.
 
     Raises:
         UserError: unknown family, missing or truncated file, tokenizer that does not fit the vocabulary.
@@ -94,12 +147,12 @@ def load_teacher(
             f"{folder}: this is a converted model, not a softmax-attention teacher. Give the original: "
             "teacher.model=PATH_OR_ID"
         )
-    family = families.family(config.get("model_type", ""), str(folder / "config.json"))
+    family = families.family_of(config, str(folder / "config.json"))
     _check_weights(folder)
     model = _load(folder, dtype, device, attn_implementation=attn_implementation)
     model.eval().requires_grad_(False)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
-    return Teacher(model, tokenizer, family, family.geometry(config), str(name_or_path), folder, commit)
+    return Teacher(model, tokenizer, family, config, str(name_or_path), folder, commit)
 
 
 def load_model(

@@ -9,14 +9,15 @@ import torch
 
 from ..distill.data.batch import Batch
 from ..distill.families import FAMILIES
+from ..distill.family import Head
 
 
 class ChosenLogits:
     """The logits of one model at chosen positions of a batch, without holding those of all positions.
 
-    The backbone runs once per batch and the head runs on chunks, if that demonstrably is all that the model does
-    between the two (some scale or cap their logits): checked on the first tokens seen. Otherwise the whole model runs
-    row by row, and the logits of one row are held.
+    The backbone runs once per batch and the head runs on chunks, with the scale or cap that the family is known to put
+    on its logits, if that demonstrably is all that the model does: checked on the first tokens seen. Otherwise the
+    whole model runs row by row, and the logits of one row are held.
 
     Attributes:
         by_head: the head runs on chunks.
@@ -25,14 +26,17 @@ class ChosenLogits:
 
     def __init__(self, model: Any, batch: Batch) -> None:
         self.model = model
-        self.packs = model.config.model_type in (*FAMILIES, "relinear")
+        config = model.config
+        self.packs = config.model_type in (*FAMILIES, "relinear")
+        family = FAMILIES.get(getattr(config, "base_model_type", config.model_type))
+        self._head = family.logits(config.to_dict()) if family else Head()
         self.by_head = self._head_is_all(batch)
         self._held: torch.Tensor | None = None
 
     def run(self, batch: Batch) -> None:
         """Forward over a batch."""
         if self.by_head:
-            self._held = self.model.model(**self._inputs(batch)).last_hidden_state
+            self._held = self._backbone(**self._inputs(batch)).last_hidden_state
         else:
             self._held = self.model(**self._inputs(batch)).logits
 
@@ -40,19 +44,31 @@ class ChosenLogits:
         """(n, V) fp32 logits at n positions of the batch that was run last."""
         assert self._held is not None
         held = self._held[rows, columns]
-        return (self.model.lm_head(held) if self.by_head else held).float()
+        return (self._logits(held) if self.by_head else held).float()
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs = {"input_ids": batch.input_ids, "use_cache": False}
         # With one document per row, padded on the right, positions are what every model assumes by itself.
         return {**inputs, "position_ids": batch.position_ids} if self.packs else inputs
 
+    @property
+    def _backbone(self) -> Any:
+        return getattr(self.model, "base_model", None) or getattr(self.model, "model", None)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the model makes of its last hidden states: the head, and what its family does after it."""
+        logits = self.model.get_output_embeddings()(hidden)
+        scale, softcap = self._head
+        if scale != 1.0:
+            logits = logits * scale
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
     def _head_is_all(self, batch: Batch) -> bool:
-        if not hasattr(self.model, "model") or not hasattr(self.model, "lm_head"):
+        if self._backbone in (None, self.model) or not callable(getattr(self.model, "get_output_embeddings", None)):
             return False
         inputs = {"input_ids": batch.input_ids[:1, :16], "use_cache": False}
-        hidden = self.model.model(**inputs).last_hidden_state
-        return torch.equal(self.model.lm_head(hidden), self.model(**inputs).logits)
+        hidden = self._backbone(**inputs).last_hidden_state
+        return torch.equal(self._logits(hidden), self.model(**inputs).logits)
 
 
 def parts(batch: Batch, documents: torch.Tensor, sources: list[ChosenLogits]) -> Iterable[tuple[Batch, torch.Tensor]]:

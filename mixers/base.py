@@ -122,7 +122,8 @@ class Mixer(nn.Module):
         `mixer_inputs`. `past_key_values` must hold a recurrent layer at this layer's index (the model sees to it).
         """
         inputs = mixer_inputs if mixer_inputs is not None else MixerInputs()
-        layer = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
+        cache = kwargs.get("layer_past") if past_key_values is None else past_key_values  # GPT-NeoX's name for it
+        layer = cache.layers[self.layer_idx] if cache is not None else None
         state = layer.read() if layer is not None else None
         output, state = self.mix(hidden_states, position_embeddings, inputs, state)
         if layer is not None:

@@ -40,7 +40,7 @@ class Counts:
     Attributes:
         embeddings: input embedding and, where it is not tied to it, the output head.
         attention: of one attention layer.
-        ffn: of one feed-forward block.
+        ffn: of all feed-forward blocks, every expert counted.
         norms: of all norms outside attention.
         layers: decoder layers.
         mixers: layer -> parameters of its mixer, for converted layers.
@@ -58,7 +58,7 @@ class Counts:
     @property
     def teacher(self) -> int:
         """All parameters of the teacher."""
-        return self.embeddings + self.norms + self.layers * (self.attention + self.ffn)
+        return self.embeddings + self.norms + self.layers * self.attention + self.ffn
 
     @property
     def student(self) -> int:
@@ -83,28 +83,45 @@ class Counts:
             return self.all_mixers
         if train == "mixers+norms":
             return self.all_mixers + self.norms + (self.layers - len(self.mixers)) * self.qk_norms
-        return self.student - (self.layers * self.ffn if train == "no-ffn" else 0)
+        return self.student - (self.ffn if train == "no-ffn" else 0)
 
 
 def count(teacher: TeacherConfig, layers: LayerMap) -> Counts:
     """Parameters of the teacher and of what it becomes."""
-    g, config = teacher.geometry, teacher.config
-    hidden, ffn, depth = g.hidden_size, config["intermediate_size"], teacher.num_layers
-    qk_norms = 2 * g.head_dim if g.qk_norm else 0
-    attention = hidden * (2 * g.inner_size + 2 * g.kv_size) + qk_norms
-    attention += (g.inner_size + 2 * g.kv_size) * g.qkv_bias + hidden * g.o_bias
-    block = 3 * hidden * ffn + (2 * ffn + hidden if config.get("mlp_bias") else 0)
-    tables = 1 if config.get("tie_word_embeddings", False) else 2
+    g, values, depth = teacher.geometry(0), teacher.family.values(teacher.config), teacher.num_layers
+    norm_sizes = {"": 0, "head": 2 * g.head_dim, "full": g.inner_size + g.kv_size}
+    qk_norms = norm_sizes[g.qk_norm]
+    attention = g.hidden_size * (2 * g.inner_size + 2 * g.kv_size) + qk_norms
+    attention += (g.inner_size + 2 * g.kv_size) * g.qkv_bias + g.hidden_size * g.o_bias
+    tables = 1 if values.get("tie_word_embeddings", False) else 2
     lowest = {name: min(layers.layers_of(name)) for name, _ in layers.converted.values()}
     mixers = {}
     for layer, (name, options) in layers.converted.items():
         spec = registry.spec(name)
-        rows = spec.tensors(
-            g, spec.options.parse(options), first=layer == lowest[name], position=layer / max(1, depth - 1)
-        )
+        first, position = layer == lowest[name], layer / max(1, depth - 1)
+        rows = spec.tensors(teacher.geometry(layer), spec.options.parse(options), first=first, position=position)
         mixers[layer] = sum(row.numel for row in rows)
-    norms = (2 * depth + 1) * hidden
-    return Counts(tables * config["vocab_size"] * hidden, attention, block, norms, depth, mixers, qk_norms)
+    norms = (teacher.family.norms * depth + 1) * g.hidden_size * (2 if teacher.family.norm_bias else 1)
+    ffn = sum(_ffn(teacher, layer)[0] for layer in range(depth))
+    return Counts(tables * values["vocab_size"] * g.hidden_size, attention, ffn, norms, depth, mixers, qk_norms)
+
+
+def _ffn(teacher: TeacherConfig, layer: int) -> tuple[int, int]:
+    """Parameters of a layer's feed-forward block, and those of its matrices that one token is multiplied with."""
+    hidden, matrices = teacher.config["hidden_size"], 3 if teacher.family.gated else 2
+    experts = teacher.family.experts(teacher.config, layer)
+    if experts is not None:
+        expert, router = matrices * hidden * experts.width, hidden * experts.number
+        return experts.number * expert + router, experts.active * expert + router
+    width = teacher.config["intermediate_size"]
+    biases = (matrices - 1) * width + hidden if teacher.family.has_mlp_bias(teacher.config) else 0
+    return matrices * hidden * width + biases, matrices * hidden * width
+
+
+def _ffn_width(teacher: TeacherConfig, layer: int) -> int:
+    """Feed-forward channels that one token passes in a layer."""
+    experts = teacher.family.experts(teacher.config, layer)
+    return teacher.config["intermediate_size"] if experts is None else experts.active * experts.width
 
 
 def flops_per_token(teacher: TeacherConfig, layers: LayerMap, kind: str, seq_len: int, needs_teacher: bool) -> float:
@@ -114,22 +131,31 @@ def flops_per_token(teacher: TeacherConfig, layers: LayerMap, kind: str, seq_len
         teacher: geometry.
         layers: what is converted.
         kind: of the stage.
-        seq_len: window; attention over it costs half its square.
+        seq_len: window; attention over it costs half its square, over a sliding window no more than that.
         needs_teacher: glue and extend: the loss has a KL part.
     """
-    g, config = teacher.geometry, teacher.config
-    attention = 4 * g.hidden_size * (g.inner_size + g.kv_size) + 2 * g.inner_size * seq_len
-    block = 6 * g.hidden_size * config["intermediate_size"]
-    head = 2 * g.hidden_size * config["vocab_size"]
+    g = teacher.geometry(0)
+    attention = []
+    for held in held_tokens(teacher, seq_len):
+        seen = held * (1 - held / (2 * seq_len))  # the mean over positions of min(position, window)
+        attention.append(4 * g.hidden_size * (g.inner_size + g.kv_size) + 4 * g.inner_size * seen)
+    blocks = 2 * sum(_ffn(teacher, layer)[1] for layer in range(teacher.num_layers))
+    head = 2 * g.hidden_size * teacher.config["vocab_size"]
     mixers = 0
-    for name, options in layers.converted.values():
+    for layer, (name, options) in layers.converted.items():
         spec = registry.spec(name)
-        mixers += spec.flops_per_token(g, spec.options.parse(options))
-    body = teacher.num_layers * (attention + block)
+        mixers += spec.flops_per_token(teacher.geometry(layer), spec.options.parse(options))
+    body = sum(attention) + blocks
     if kind == "align":
         return body + 3 * mixers
-    student = body - len(layers.converted) * attention + mixers + head
+    student = body - sum(attention[layer] for layer in layers.converted) + mixers + head
     return 3 * student + (body + head if needs_teacher else 0)
+
+
+def held_tokens(teacher: TeacherConfig, length: int) -> list[int]:
+    """Tokens that each layer's attention sees at the end of a sequence of `length`."""
+    window = teacher.family.values(teacher.config).get("sliding_window") or length
+    return [min(length, window) if kind == "sliding_attention" else length for kind in teacher.layer_types]
 
 
 def memory(
@@ -154,18 +180,17 @@ def memory(
         precision: of the student's compute.
         needs_teacher: glue and extend: the loss has a KL part.
     """
-    g, config = teacher.geometry, teacher.config
+    g, config = teacher.geometry(0), teacher.config
     size = 2 if precision == "bf16" else 4
     mixer = _MIXER_FLOATS * g.inner_size * tokens
-    rest = (_HIDDEN_FLOATS * g.hidden_size + _FFN_FLOATS * config["intermediate_size"]) * tokens
+    widths = [_ffn_width(teacher, layer) for layer in range(counts.layers)]
+    rest = [(_HIDDEN_FLOATS * g.hidden_size + _FFN_FLOATS * width) * tokens for width in widths]
     if kind == "align":  # one layer's graph at a time, beside one layer of the teacher
-        student, activations = counts.all_mixers, mixer + rest
+        student, activations = counts.all_mixers, mixer + max(rest)
     else:
         kept = counts.layers - len(counts.mixers)
         student = counts.student
-        activations = (
-            len(counts.mixers) * mixer + kept * _ATTENTION_FLOATS * g.inner_size * tokens + counts.layers * rest
-        )
+        activations = len(counts.mixers) * mixer + kept * _ATTENTION_FLOATS * g.inner_size * tokens + sum(rest)
         # Both models' logits, their probabilities: fp32 whatever the precision.
         activations += 4 * min(tokens * config["vocab_size"], _LOGITS) * (4 // size)
     return {
@@ -184,12 +209,9 @@ def gpu_hours(flops: float, gpu: str, mfu: float) -> float:
 
 def cache_bytes(teacher: TeacherConfig, layers: LayerMap, length: int, dtype: str) -> tuple[int, int]:
     """Bytes that one sequence of `length` tokens keeps for decoding, (teacher, student)."""
-    g = teacher.geometry
-    types = teacher.family.layer_types(teacher.config)
-    window = teacher.config.get("sliding_window") or length
     before = after = 0
-    for layer, kind in enumerate(types):
-        held = min(length, window) if kind == "sliding_attention" else length
+    for layer, held in enumerate(held_tokens(teacher, length)):
+        g = teacher.geometry(layer)
         attention = 2 * g.kv_size * held * BYTES[dtype]
         before += attention
         if layer in layers.converted:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..distill.errors import UserError
+from ..distill.family import check_geometry, lost
 from ..mixers import registry
 from . import costs
 from .costs import Counts
@@ -115,7 +116,7 @@ class Plan:
                 "layers": self.teacher.num_layers,
                 "context": self.teacher.context,
                 "parameters": self.counts.teacher,
-                "geometry": dataclasses.asdict(self.teacher.geometry),
+                "geometry": dataclasses.asdict(self.teacher.geometry(0)),
             },
             "student": {"parameters": self.counts.student, "mixer_parameters": self.counts.all_mixers},
             "layers": {
@@ -158,7 +159,7 @@ def plan(recipe: Recipe, gpu: str = "H100", mfu: float = costs.MFU) -> Plan:
     teacher = read_teacher_config(recipe.teacher.model, recipe.teacher.revision, recipe.place("teacher.model"))
     layers = layer_map(recipe, teacher.num_layers)
     counts = costs.count(teacher, layers)
-    notes = _notes(recipe, layers)
+    notes = _notes(recipe, layers) + _mixer_notes(teacher, layers)
     stages = [_stage(recipe, stage, teacher, layers, counts, gpu, mfu, notes) for stage in recipe.stages]
     dtype = "bfloat16" if recipe.engine.precision == "bf16" else recipe.teacher.dtype
     cache = [(length, *costs.cache_bytes(teacher, layers, length, dtype)) for length in costs.CACHE_LENGTHS]
@@ -226,11 +227,12 @@ def stage_settings(recipe: Recipe, stage: TrainingStage, context: int) -> dict[s
 def tensor_tables(teacher: TeacherConfig, layers: LayerMap) -> list[TensorTable]:
     """Where every tensor of every mixer comes from; layers with the same tensors share a table."""
     last = max(1, teacher.num_layers - 1)
+    names = {"copied": teacher.family.origin, "derived": teacher.family.derived, "new": str}
     groups: dict[tuple, tuple[list[int], list]] = {}
     for layer, (name, values) in layers.converted.items():
         spec = registry.spec(name)
         first = layer == min(layers.layers_of(name))
-        rows = spec.tensors(teacher.geometry, spec.options.parse(values), first=first, position=layer / last)
+        rows = spec.tensors(teacher.geometry(layer), spec.options.parse(values), first=first, position=layer / last)
         key = (name, *((row.name, row.shape, row.source) for row in rows))
         members, tables = groups.setdefault(key, ([], []))
         members.append(layer)
@@ -239,7 +241,9 @@ def tensor_tables(teacher: TeacherConfig, layers: LayerMap) -> list[TensorTable]
     for key, (members, tables) in groups.items():
         merged = []
         for low, high in zip(tables[0], tables[-1], strict=True):
-            origin = low.origin if low.origin == high.origin else f"{low.origin} (lowest layer; changes with depth)"
+            origin = names[low.source](low.origin)
+            if low.origin != high.origin:
+                origin += " (lowest layer; changes with depth)"
             merged.append(TensorRow(low.name, low.shape, low.source, origin))
         found.append(TensorTable(key[0], members, sum(row.numel for row in tables[0]), merged))
     return found
@@ -296,6 +300,17 @@ def _notes(recipe: Recipe, layers: LayerMap) -> list[str]:
         if source != EMBEDDED and local and not wild and not Path(source).expanduser().exists():
             notes.append(f"{recipe.place('data.source')}: {source} is not there (yet): the run would stop at once")
     return notes
+
+
+def _mixer_notes(teacher: TeacherConfig, layers: LayerMap) -> list[str]:
+    """What the mixers do not do that the attention of their layers did; refuses those that cannot replace it."""
+    notes = []
+    for layer, (name, values) in layers.converted.items():
+        spec, shape = registry.spec(name), teacher.geometry(layer)
+        options = spec.options.parse(values)
+        check_geometry(spec, shape, options, layer)
+        notes += lost(spec, shape, options)
+    return list(dict.fromkeys(notes))
 
 
 def render(plan: Plan, width: int = 110) -> str:

@@ -40,7 +40,7 @@ def render(plan: Plan, width: int = 110) -> str:
 
 
 def _head(plan: Plan) -> str:
-    teacher, counts, g = plan.teacher, plan.counts, plan.teacher.geometry
+    teacher, counts, g = plan.teacher, plan.counts, plan.teacher.geometry(0)
     kept, converted = plan.layers.kept, list(plan.layers.converted)
     return "\n".join(
         [

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..distill import families
 from ..distill.errors import MachineError, UserError
-from ..distill.families import Family
+from ..distill.family import Family
 from ..distill.teacher import read_config
 from ..mixers.specs.base import Geometry
 from .schema import EMBEDDED
@@ -31,19 +31,26 @@ class TeacherConfig:
     Attributes:
         source: path or Hub id as given.
         family: its architecture.
-        geometry: of its attention.
         config: config.json as a dict.
     """
 
     source: str
     family: Family
-    geometry: Geometry
     config: dict[str, Any]
 
     @property
     def num_layers(self) -> int:
         """Decoder layers."""
         return self.config["num_hidden_layers"]
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What each layer's attention is, in transformers' closed vocabulary."""
+        return self.family.layer_types(self.config)
+
+    def geometry(self, layer: int) -> Geometry:
+        """The shape and conventions of a layer's attention."""
+        return self.family.geometry(self.config, layer)
 
     @property
     def context(self) -> int:
@@ -77,16 +84,26 @@ def read_teacher_config(model: str, revision: str | None = None, place: str = "t
         raise UserError(
             f"{where}: this is a converted model, not a teacher. Give the original: teacher.model=PATH_OR_ID"
         )
-    family = families.family(str(config.get("model_type", "")), where)
+    family = families.family_of(config, where)
     for key in _SIZES:
         value = config.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{where}: {key} is {value!r}; expected a whole number above 0. Fetch the file again")
+    teacher = TeacherConfig(model, family, config)
     try:
-        geometry = family.geometry(config)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{where}: {error}. Fetch the file again") from None
-    return TeacherConfig(model, family, geometry, config)
+        for layer in range(teacher.num_layers):
+            teacher.geometry(layer)
+            family.experts(config, layer)
+        types = teacher.layer_types
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise UserError(f"{where}: {reason}. Fetch the file again") from None
+    if len(types) != teacher.num_layers:
+        raise UserError(
+            f"{where}: layer_types has {len(types)} entries for num_hidden_layers={teacher.num_layers}. Fetch the file "
+            "again"
+        )
+    return teacher
 
 
 def _folder(name: str, revision: str | None, place: str) -> Path:

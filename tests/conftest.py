@@ -26,6 +26,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""The families on which everything is tested, with every mixer; the others of `PECULIAR` have their own suite."""
+BOS = ("llama", "mistral", "mixtral", "gemma2", "gemma3_text")
+TIED = ("llama", "qwen2", "gemma2", "gemma3_text", "smollm3", "starcoder2", "cohere2")
 SEED = 20261120
 
 CHAT_TEMPLATE = (
@@ -139,12 +142,43 @@ def save_tokenizer(folder: Path, bos: bool) -> None:
     fast.save_pretrained(folder)
 
 
+# What is special in a family, turned on; windows are shorter than the tests' sequences.
+PECULIAR: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "qwen3_moe": {
+        **{"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        **{"norm_topk_prob": True, "mlp_only_layers": [1]},
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 8},
+    "gemma2": {
+        **{"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24},
+        **{"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    },
+    "gemma3_text": {"head_dim": 16, "sliding_window": 8, "sliding_window_pattern": 2, "query_pre_attn_scalar": 24},
+    "phi3": {"sliding_window": 8, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 256},
+    "smollm3": {"no_rope_layer_interval": 2, "mlp_bias": True},
+    "granite": {
+        **{"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 4.0},
+        "attention_bias": True,
+    },
+    "gpt_neox": {"rotary_pct": 0.5},
+    "starcoder2": {"sliding_window": 8},
+    "cohere2": {"sliding_window": 8, "logit_scale": 0.25},
+}
+
+
 def tiny_config(family: str, **overrides: Any) -> Any:
-    """A config of four small layers with GQA; qwen3's head_dim is not hidden_size / heads."""
+    """A config of four small layers with grouped heads, where the family has them, and with what is special in it."""
     import transformers
 
-    classes = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
-    bos = family in ("llama", "mistral")
+    from relinear.distill.families import FAMILIES as KNOWN
+
+    bos = family in BOS
     values: dict[str, Any] = {
         "vocab_size": 320,
         "hidden_size": 32,
@@ -153,16 +187,14 @@ def tiny_config(family: str, **overrides: Any) -> Any:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
-        "tie_word_embeddings": family in ("llama", "qwen2"),
+        "tie_word_embeddings": family in TIED,
         "pad_token_id": 0,
         "bos_token_id": 1 if bos else None,
         "eos_token_id": 2 if bos else 0,
     }
-    if family == "qwen3":
-        values["head_dim"] = 16
-    if family == "mistral":
-        values["sliding_window"] = None
-    return getattr(transformers, classes[family])(**values | overrides)
+    if family == "gpt_neox":
+        del values["num_key_value_heads"]
+    return getattr(transformers, KNOWN[family].config_class)(**values | PECULIAR[family] | overrides)
 
 
 def save_teacher(folder: Path, family: str, **overrides: Any) -> Path:
@@ -178,7 +210,7 @@ def save_teacher(folder: Path, family: str, **overrides: Any) -> Path:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.15 * noise)
     model.save_pretrained(folder)
-    save_tokenizer(folder, bos=family in ("llama", "mistral"))
+    save_tokenizer(folder, bos=family in BOS)
     return folder
 
 
@@ -201,7 +233,7 @@ def make_teacher(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 
 @pytest.fixture(scope="session", params=FAMILIES)
 def any_teacher(request: pytest.FixtureRequest, make_teacher: Callable[..., Path]) -> Path:
-    """A tiny teacher of each family in turn."""
+    """A tiny teacher of each of the `FAMILIES` above in turn."""
     return make_teacher(request.param)
 
 

@@ -30,13 +30,13 @@ def student_classes(family: str) -> Classes:
 
     entry = FAMILIES[family]
     name = f"Relinear{entry.prefix}"
-    config = config_class(getattr(transformers, f"{entry.prefix}Config"), f"{name}Config", __name__)
+    config = config_class(getattr(transformers, entry.config_class), f"{name}Config", __name__)
     model, causal_lm = model_classes(
         config,
-        getattr(transformers, f"{entry.prefix}Model"),
-        getattr(transformers, f"{entry.prefix}ForCausalLM"),
+        getattr(transformers, entry.backbone_class),
+        getattr(transformers, entry.lm_class),
         {mixer: registry.module(mixer) for mixer in registry.names()},
-        Family(entry.attention, entry.masks_by_type),
+        Family(entry.backbone, entry.layers, entry.attention, entry.masks_by_type),
         (f"{name}Model", f"{name}ForCausalLM"),
         __name__,
     )

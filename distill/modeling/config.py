@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from ...mixers.specs.base import Geometry
@@ -12,17 +13,22 @@ FIELDS: dict[str, Any] = {
     "base_model_type": None,
     # What each layer is, in transformers' closed vocabulary.
     "layer_types": None,
+    # What attention each layer holds or held: the `layer_types` of the teacher.
+    "attention_types": None,
     # The mixer of each layer by our own name, null where attention stays.
     "mixer_types": None,
     # Options by mixer name; per-layer differences under "layers" -> index.
     "mixers": None,
-    # The attention that the mixers replaced: fields of mixers.specs.base.Geometry.
+    # The attention that the mixers replaced: fields of mixers.specs.base.Geometry; per-layer differences as above.
     "geometry": None,
     # The transformers versions that the model was verified with: {"min": …, "max": …}.
     "verified_transformers": None,
     # The version of relinear that wrote the folder.
     "relinear_version": None,
 }
+
+
+_ATTENTION = ("full_attention", "sliding_attention")
 
 
 def config_class(base: type, name: str, module: str) -> type:
@@ -35,16 +41,20 @@ def config_class(base: type, name: str, module: str) -> type:
     """
 
     def __post_init__(self: Any, **kwargs: Any) -> None:
+        if self.attention_types is None and self.layer_types is not None:
+            self.attention_types = [kind if kind in _ATTENTION else _ATTENTION[0] for kind in self.layer_types]
         base.__post_init__(self, **kwargs)
         if self.layer_types is None:
             # Families without the field: all layers attend alike until mixers are named.
-            self.layer_types = ["full_attention"] * self.num_hidden_layers
+            self.layer_types = self.attention_types or [_ATTENTION[0]] * self.num_hidden_layers
+        if self.attention_types is None:
+            self.attention_types = list(self.layer_types)
         if self.mixer_types is None:
             self.mixer_types = [None] * self.num_hidden_layers
-        if len(self.mixer_types) != self.num_hidden_layers:
-            raise ValueError(
-                f"mixer_types has {len(self.mixer_types)} entries for num_hidden_layers={self.num_hidden_layers}"
-            )
+        for field in ("mixer_types", "attention_types"):
+            found = len(getattr(self, field))
+            if found != self.num_hidden_layers:
+                raise ValueError(f"{field} has {found} entries for num_hidden_layers={self.num_hidden_layers}")
 
     body = {
         "__annotations__": dict.fromkeys(FIELDS, Any),
@@ -52,9 +62,28 @@ def config_class(base: type, name: str, module: str) -> type:
         "__module__": module,
         "__doc__": f"{base.__name__} with linear mixers in some layers (see `mixer_types` and `mixers`).",
         "model_type": "relinear",
+        # Rotary settings may stand under the kinds of attention, also those that no layer has any more.
+        "_rope_type_labels": property(lambda self: self.attention_types),
         **FIELDS,
     }
     return type(base)(name, (base,), body)
+
+
+@cache
+def _view_class(kind: Any) -> Any:
+    types = property(lambda self: self.attention_types)
+    return type(kind)(kind.__name__, (kind,), {"layer_types": types, "__module__": kind.__module__})
+
+
+def family_view(config: Any) -> Any:
+    """The same configuration as the family's own code must see it: `layer_types` name attention only.
+
+    That code looks up masks, rotary embeddings and windows by these names, for every layer. The view is no copy: what
+    is set on one is set on the other.
+    """
+    made = object.__new__(_view_class(type(config)))
+    object.__setattr__(made, "__dict__", config.__dict__)
+    return made
 
 
 def mixer_plan(config: Any) -> dict[int, tuple[str, dict[str, Any]]]:
@@ -74,6 +103,8 @@ def is_first(plan: dict[int, tuple[str, dict[str, Any]]], layer: int) -> bool:
     return layer == min(index for index, (name, _) in plan.items() if name == plan[layer][0])
 
 
-def geometry(config: Any) -> Geometry:
-    """The geometry that a student's config states."""
-    return Geometry(**config.geometry)
+def geometry(config: Any, layer: int) -> Geometry:
+    """The geometry that a student's config states for a layer."""
+    shared = dict(config.geometry)
+    differences = shared.pop("layers", {})
+    return Geometry(**{**shared, **differences.get(str(layer), {})})

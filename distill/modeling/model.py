@@ -7,38 +7,37 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
-from transformers.masking_utils import (
-    create_masks_for_generate,
-    create_recurrent_attention_mask,
-    find_packed_sequence_indices,
-)
+from transformers.masking_utils import create_recurrent_attention_mask, find_packed_sequence_indices
 
 from ...mixers.base import Mixer, MixerInputs
 from .cache import install_mixer_layers
-from .config import geometry, is_first, mixer_plan
+from .config import family_view, geometry, is_first, mixer_plan
 
 
 class Family(NamedTuple):
     """What the model must know of its family, so that this file serves every one of them.
 
     Attributes:
+        backbone: attribute of the causal language model that holds the backbone.
+        layers: attribute of the backbone that holds the decoder layers.
         attention: attribute of a decoder layer that holds attention.
         masks_by_type: the family looks its masks up by `config.layer_types`.
     """
 
+    backbone: str
+    layers: str
     attention: str
     masks_by_type: bool
 
 
 def build_mixers(config: Any, classes: dict[str, type[Mixer]]) -> dict[int, Mixer]:
     """The mixers that a student's config names, with fresh parameters."""
-    shape = geometry(config)
     plan = mixer_plan(config)
     built: dict[int, Mixer] = {}
     for layer, (name, options) in plan.items():
         mixer = classes[name]
         chosen = mixer.spec.options.parse(options)
-        built[layer] = mixer(shape, chosen, layer, config.num_hidden_layers, is_first(plan, layer))
+        built[layer] = mixer(geometry(config, layer), chosen, layer, config.num_hidden_layers, is_first(plan, layer))
     return built
 
 
@@ -95,11 +94,11 @@ def model_classes(
         config_class = config_type
 
         def __init__(self, config: Any) -> None:
-            super().__init__(config)  # pyright: ignore[reportCallIssue]
+            super().__init__(family_view(config))  # pyright: ignore[reportCallIssue]
             built = build_mixers(config, mixers)
             self.mixer_layers = sorted(built)
             for layer, mixer in built.items():
-                setattr(self.layers[layer], family.attention, mixer)
+                setattr(getattr(self, family.layers)[layer], family.attention, mixer)
             # Matched as substrings of parameter names: with the module in front, nothing else can match.
             self._keep_in_fp32_modules_strict = {
                 f"{family.attention}.{name}" for mixer in built.values() for name in mixer.fp32_parameter_names()
@@ -127,9 +126,9 @@ def model_classes(
                     use_cache=use_cache,
                     **kwargs,
                 )
-            if (input_ids is None) == (inputs_embeds is None):
+            given = input_ids if inputs_embeds is None else inputs_embeds
+            if given is None or (input_ids is not None and inputs_embeds is not None):
                 raise ValueError("give exactly one of input_ids and inputs_embeds")
-            embeds: torch.Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             if use_cache is None:
                 use_cache = bool(self.config.use_cache)
             if self.gradient_checkpointing and self.training:
@@ -139,46 +138,36 @@ def model_classes(
             if past_key_values is not None:
                 install_mixer_layers(past_key_values, self.mixer_layers)
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            arange = torch.arange(embeds.shape[1], device=embeds.device)[None] + seen
+            arange = torch.arange(given.shape[1], device=given.device)[None] + seen
             positions = arange if position_ids is None else position_ids
             return super().forward(
-                attention_mask=self._attention_masks(embeds, attention_mask, past_key_values, positions),
+                input_ids=input_ids,
+                attention_mask=self._attention_masks(given, attention_mask),
                 position_ids=positions,
                 past_key_values=past_key_values,
-                inputs_embeds=embeds,
+                inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
-                mixer_inputs=self._mixer_inputs(embeds, attention_mask, past_key_values, positions),
+                mixer_inputs=self._mixer_inputs(given, attention_mask, past_key_values, positions),
                 **kwargs,
             )
 
-        def _attention_masks(
-            self,
-            inputs_embeds: torch.Tensor,
-            attention_mask: torch.Tensor | dict | None,
-            past_key_values: Any,
-            position_ids: torch.Tensor,
-        ) -> Any:
-            """What the family's own forward expects as its mask, for the layers where attention stays."""
-            if len(self.mixer_layers) == self.config.num_hidden_layers:
+        def _attention_masks(self, given: torch.Tensor, attention_mask: torch.Tensor | dict | None) -> Any:
+            """What the family's own forward takes as its mask, for the layers where attention stays."""
+            types = self.config.attention_types
+            kept = [kind for layer, kind in enumerate(types) if layer not in self.mixer_layers]
+            if not kept:
                 # No layer reads a mask. A tensor of four dimensions tells transformers not to make one.
-                none = inputs_embeds.new_empty((1, 1, 1, 1))
-                return {"full_attention": none, "linear_attention": none} if family.masks_by_type else none
-            if family.masks_by_type and not isinstance(attention_mask, dict):
-                return create_masks_for_generate(
-                    config=self.config,
-                    inputs_embeds=inputs_embeds,
-                    attention_mask=attention_mask,
-                    past_key_values=past_key_values,
-                    position_ids=position_ids,
-                )
-            if isinstance(attention_mask, dict) and not family.masks_by_type:
-                kept = [kind for kind in self.config.layer_types if kind != "linear_attention"]
-                return attention_mask[kept[0]]
+                none = given.new_empty((1, 1, 1, 1), dtype=torch.float32)
+                return dict.fromkeys(types, none) if family.masks_by_type else none
+            if isinstance(attention_mask, dict):
+                # Made by the caller, who may have left out the kinds of attention that no layer has any more.
+                made = {kind: attention_mask.get(kind) for kind in types}
+                return made if family.masks_by_type else made[kept[0]]
             return attention_mask
 
         def _mixer_inputs(
             self,
-            inputs_embeds: torch.Tensor,
+            given: torch.Tensor,
             attention_mask: torch.Tensor | dict | None,
             past_key_values: Any,
             position_ids: torch.Tensor,
@@ -187,30 +176,40 @@ def model_classes(
             if isinstance(attention_mask, dict):
                 padding = attention_mask.get("linear_attention")
             else:
-                padding = create_recurrent_attention_mask(self.config, inputs_embeds, attention_mask, past_key_values)
+                padding = create_recurrent_attention_mask(self.config, given, attention_mask, past_key_values)
             segments = None
             if attention_mask is None and past_key_values is None:
                 segments = find_packed_sequence_indices(position_ids)
                 if segments is not None:
-                    segments = segments.expand(inputs_embeds.shape[0], -1)
+                    segments = segments.expand(given.shape[0], -1)
             return MixerInputs(None if padding is None else padding.bool(), segments)
 
     class ForCausalLM(StudentBase, base_lm):  # pyright: ignore[reportGeneralTypeIssues]
         config_class = config_type
 
         def __init__(self, config: Any) -> None:
-            super().__init__(config)  # pyright: ignore[reportCallIssue]
-            self.model = Model(config)
+            super().__init__(family_view(config))  # pyright: ignore[reportCallIssue]
+            self.config = config
+            setattr(self, family.backbone, Model(config))
             self.post_init()
 
         def _prepare_cache_for_generation(
             self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
         ) -> Any:
             """Have a mixer's layers in the cache before generate first asks for its length."""
-            made = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            config, self.config = self.config, family_view(self.config)
+            try:
+                made = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            finally:
+                self.config = config
             if model_kwargs.get("past_key_values") is not None:
-                install_mixer_layers(model_kwargs["past_key_values"], self.model.mixer_layers)
+                install_mixer_layers(model_kwargs["past_key_values"], getattr(self, family.backbone).mixer_layers)
             return made
+
+        @staticmethod
+        def create_masks_for_generate(attention_mask: Any, **kwargs: Any) -> Any:
+            """Leave the making of masks to the forward, also with a static cache."""
+            return attention_mask
 
     for made, name in ((Model, names[0]), (ForCausalLM, names[1])):
         made.__name__ = made.__qualname__ = name

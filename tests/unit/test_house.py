@@ -22,7 +22,7 @@ DIRECTIONS: dict[str, dict[str, set[str] | None]] = {
     "distill": {"mixers": None},
     "eval": {
         "mixers": None,
-        "distill": {"errors", "families", "files", "teacher", "student", "modeling", "data"},
+        "distill": {"errors", "families", "family", "files", "teacher", "student", "modeling", "data"},
     },
     "recipes": {"mixers": None, "distill": None, "eval": None},
     "launch": {"mixers": None, "distill": None, "eval": None, "recipes": None},
@@ -38,11 +38,16 @@ TORCH_FREE = {
     "mixers.registry": False,
     "distill.errors": False,
     "distill.families": False,
+    "distill.family": False,
     "distill.files": False,
     "launch": True,
     "recipes": True,
 }
-TORCH_BOUND = {"recipes.runner", "recipes.quickstart", "recipes.bench", "recipes.embedded.train"}
+TORCH_BOUND = {
+    *("recipes.runner", "recipes.quickstart", "recipes.embedded.train"),
+    *("recipes.bench", "recipes.bench_ops", "recipes.bench_cases", "recipes.bench_steps"),
+    *("recipes.bench_measure", "recipes.bench_baselines"),
+}
 
 
 def tracked(*patterns: str) -> list[Path]:

@@ -11,9 +11,11 @@ import torch
 
 from relinear.distill.align import align_stage, align_step
 from relinear.distill.data.batch import Batch
+from relinear.distill.errors import UserError
 from relinear.distill.loop import StageSettings, run_stage
 from relinear.distill.losses import align_loss
 from relinear.distill.stage import Stage
+from relinear.distill.student import transfer
 from relinear.distill.teacher import Teacher, load_teacher
 from relinear.mixers.base import Mixer, MixerInputs
 
@@ -239,3 +241,14 @@ def test_wrong_settings(teacher: Teacher, mixers_of: Callable[..., dict[int, Mix
         align_stage(teacher, {}, SETTINGS)
     with pytest.raises(ValueError, match=r"align has no loss 'kl'\. Available: l2, mse, cosine"):
         align_stage(teacher, mixers_of(teacher, [0]), StageSettings(tokens=1, loss="kl"))
+
+
+def test_layers_without_parameters_stand_beside_others(
+    teacher: Teacher, mixers_of: Callable[..., dict[int, Mixer]], source_of: Any, tmp_path: Path
+) -> None:
+    skipped, _ = transfer(teacher, {1: ("identity", {"skip": True})})
+    stage = align_stage(teacher, {**mixers_of(teacher, [0]), **skipped}, SETTINGS)
+    assert [group.name for group in stage.groups] == ["layer 0"]
+    assert run_stage(stage, source_of(), SETTINGS, folder=tmp_path).status == "complete"
+    with pytest.raises(UserError, match=r"stages\.align: no converted layer has anything to train \(mixer identity\)"):
+        align_stage(teacher, skipped, SETTINGS)

@@ -50,11 +50,15 @@ class Case:
             self.hidden(), self.head, self.teacher, self.teacher_head, self.ids, self.targets, weights, **options
         )
 
-    def naive(self, weights: dict[str, float], temperature: float = 1.0) -> Tensor:
+    def naive(
+        self, weights: dict[str, float], temperature: float = 1.0, scale: float = 1.0, softcap: float = math.inf
+    ) -> Tensor:
         """The definitions, over full logits."""
         counted = self.targets[:, 1:]
-        z = self.head(self.hidden())[:, :-1][counted]
-        y = self.teacher_head(self.teacher)[:, :-1][counted].detach()
+        z = scale * self.head(self.hidden())[:, :-1][counted]
+        y = scale * self.teacher_head(self.teacher)[:, :-1][counted].detach()
+        if softcap < math.inf:
+            z, y = softcap * torch.tanh(z / softcap), softcap * torch.tanh(y / softcap)
         ce = F.cross_entropy(z, self.ids[:, 1:][counted])
         log_p, log_q = (z / temperature).log_softmax(-1), (y / temperature).log_softmax(-1)
         kl = (log_q.exp() * (log_q - log_p)).sum(-1).mean() * temperature**2
@@ -64,6 +68,20 @@ class Case:
 
 def gradients(case: Case, loss: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss, case.parameters()))
+
+
+@pytest.mark.parametrize("weights", MIXES)
+@pytest.mark.parametrize(
+    "shape", [{"scale": 0.3}, {"softcap": 2.0}, {"scale": 0.5, "softcap": 1.5, "temperature": 2.0}]
+)
+def test_logits_that_a_family_scales_or_caps(weights: dict[str, float], shape: dict[str, float]) -> None:
+    case = Case(bias=True)
+    loss, terms = case.loss(weights, chunk=4, **shape)
+    expected = case.naive(weights, **shape)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(terms["ce"], case.naive({"ce": 1.0}, **shape), rtol=1e-10, atol=1e-12)
+    for mine, theirs in zip(gradients(case, loss), gradients(case, expected), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("weights", MIXES)

@@ -11,6 +11,7 @@ import pytest
 from relinear.distill.errors import MachineError, UserError
 from relinear.distill.families import FAMILIES
 from relinear.distill.teacher import load_model, load_teacher
+from relinear.recipes.teacher_config import read_teacher_config
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def test_every_family_loads_frozen(any_teacher: Path) -> None:
 
 def test_geometry_equals_the_modules(any_teacher: Path) -> None:
     teacher = load_teacher(any_teacher)
-    shape, attention = teacher.geometry, teacher.attention(0)
+    shape, attention = teacher.geometry(0), teacher.attention(0)
     state = attention.state_dict()
     assert state["q_proj.weight"].shape == (shape.inner_size, shape.hidden_size)
     assert state["k_proj.weight"].shape == (shape.kv_size, shape.hidden_size)
@@ -51,11 +52,42 @@ def test_sharded_weights_load_alike(llama: Path, tmp_path: Path) -> None:
     assert torch.equal(whole.model(ids).logits, parts.model(ids).logits)
 
 
-def test_unknown_family(copy: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model_type": "gpt2"},
+            r"config\.json: model_type 'gpt2' is not a family .* Known: llama, mistral, .*/add-a-",
+        ),
+        ({"model_type": ""}, "model_type '' is not a family that relinear knows"),
+        (
+            {"model_type": "mamba2"},
+            "model_type 'mamba2' .* It has layers that are not softmax attention.* families llama",
+        ),
+        ({"model_type": "jamba", "layers_block_type": ["mamba"]}, "It has layers that are not softmax attention"),
+        (
+            {"model_type": "qwen3_next", "layer_types": ["linear_attention"] * 3 + ["full_attention"]},
+            "layer 0 is 'linear_attention', 3 of 4 layers are not softmax attention.* families llama, mistral",
+        ),
+        (
+            {"layer_types": ["full_attention"] * 3 + ["conv"]},
+            "layer 3 is 'conv', 1 of 4 layers .* that this one came from",
+        ),
+        (
+            {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}},
+            "of family gemma3_text too: save its lan",
+        ),
+        ({"use_bidirectional_attention": True}, "attends in both directions"),
+        ({"is_causal": False}, "attends in both directions"),
+        ({"per_layer_config": {"0": {}}}, "per_layer_config gives layers different shapes"),
+    ],
+)
+def test_what_is_no_teacher(copy: Path, changes: dict, message: str) -> None:
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
-    with pytest.raises(UserError, match=r"config\.json: model_type 'gpt2' .* Known: llama, mistral, qwen2, qwen3"):
-        load_teacher(copy)
+    (copy / "config.json").write_text(json.dumps({**config, **changes}))
+    for read in (load_teacher, lambda folder: read_teacher_config(str(folder))):
+        with pytest.raises(UserError, match=message):
+            read(copy)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])

@@ -31,14 +31,14 @@ def student(teacher: Teacher, mixer: str, layers: tuple[int, ...]) -> Any:
 def test_state_is_as_large_as_the_spec_says_at_every_length(teacher, mixer):
     made = student(teacher, mixer, (0, 1, 2, 3))
     spec = registry.spec(mixer)
-    expected = 4 * spec.state_bytes(teacher.geometry, made.mixers()[0].options)
+    expected = 4 * spec.state_bytes(teacher.geometry(0), made.mixers()[0].options)
     assert cache_bytes(made, [16, 300], chunk=64) == {16: expected, 300: expected}
 
 
 @pytest.mark.parametrize("prefill", [32, 10_000])
 def test_a_hybrid_grows_with_what_it_keeps(teacher, prefill):
     made = student(teacher, "gated_deltanet", (0, 2))
-    state = 2 * registry.spec("gated_deltanet").state_bytes(teacher.geometry, made.mixers()[0].options)
+    state = 2 * registry.spec("gated_deltanet").state_bytes(teacher.geometry(0), made.mixers()[0].options)
     found = cache_bytes(made, [16, 300], prefill=prefill, chunk=64)
     assert found == {n: 2 * KV_BYTES * n + state for n in (16, 300)}
 
