@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _MIXERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "rwkv7": ("RWKV7Spec", "RWKV7", ("rwkv-7", "rad-rwkv7", "qrwkv7", "goose")),
     "gated_deltanet": ("GatedDeltaNetSpec", "GatedDeltaNet", ("gdn", "gated-deltanet", "gated_delta_net")),
+    "deltanet": ("DeltaNetSpec", "DeltaNet", ("delta-net", "delta_net", "delta")),
     "identity": ("IdentitySpec", "Identity", ("no-mixing", "no_mixing")),
 }
 

@@ -30,9 +30,10 @@ def run(make_stack, make_cache, name, options, geometry, x, dtype, form, with_st
     cache = make_cache(2)
     if with_state:
         # A state that the mixer itself can produce, the same in every run up to rounding.
+        past = make_stack(name, options, geometry, "recurrent").to(dtype)
         with torch.no_grad():
-            history = torch.randn(x.shape[0], 5, x.shape[2], generator=torch.Generator().manual_seed(5)).to(dtype)
-            make_stack(name, options, geometry, "recurrent").to(dtype)(history, cache=cache)
+            shape = (x.shape[0], past.beyond(5), x.shape[2])
+            past(torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(dtype), cache=cache)
     return results(stack, x.detach().to(dtype), cache, **places)
 
 
@@ -86,7 +87,7 @@ def test_forms_agree_at_borders_and_padding(name, small, make_stack, make_cache,
         compare(close, run(*args, torch.float32, "chunked", True, **places), truth, 2e-5)
 
 
-def test_bf16_inputs_and_parameters(name, options, small, make_stack, make_cache, make_tokens, close):
+def test_bf16_inputs_and_parameters(name, options, small, make_stack, make_cache, make_tokens):
     """bf16 outside, fp32 inside: both forms as near to the fp64 truth as bf16 rounding allows, output in bf16."""
     x = make_tokens(2, 50, small.hidden_size).bfloat16()
     stacks = {form: make_stack(name, options, small, form) for form in ("recurrent", "chunked")}
@@ -97,13 +98,14 @@ def test_bf16_inputs_and_parameters(name, options, small, make_stack, make_cache
                 mixer.get_parameter(fp32).data = mixer.get_parameter(fp32).data.float()
     exact = make_stack(name, options, small, "recurrent")
     exact.load_state_dict({key: value.float() for key, value in stacks["recurrent"].state_dict().items()})
-    truth = exact.double()(x.double())
+    truth = exact.double()(x.double()).detach()
     for stack in stacks.values():
         cache = make_cache(2)
         out = stack(x, cache=cache)
         assert out.dtype == torch.bfloat16
         assert all(part.dtype == torch.float32 for layer in cache.layers for part in layer.state)
-        close(out, truth, 8e-2, "output")
+        # Over all numbers: a norm may blow up the rounding of a single small one.
+        assert float((out.detach().double() - truth).norm() / truth.norm()) <= 3e-2
         if out.requires_grad:
             out.float().sum().backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in stack.parameters())
