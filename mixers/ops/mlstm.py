@@ -76,7 +76,7 @@ def recurrent(
         C = keep[..., None] * C + (write[..., None] * columns[t]) * values[t]
         n = keep * n + write * columns[t][..., 0]
         size = (queries[t] @ n[..., None]).abs()
-        out.append(queries[t] @ C / torch.maximum(size, (-scale).exp()[..., None, None]))
+        out.append(queries[t] @ C / torch.maximum(size, _least(scale)[..., None, None]))
     stacked = torch.cat(out, -2).transpose(1, 2)
     if padding is not None:
         stacked = stacked.masked_fill(~padding[..., None, None], 0.0)
@@ -147,7 +147,7 @@ def step(
         n.mul_(keep[:, None]).addcmul_(k_[:, 0], write[:, None])
         torch.bmm(q_, C, out=row)
         torch.bmm(q_, n[..., None], out=write[:, None, None]).abs_()
-        torch.neg(m, out=keep).exp_()
+        torch.neg(m, out=keep).exp_().clamp_(min=torch.finfo(m.dtype).tiny)
         row.div_(torch.maximum(write, keep, out=write)[:, None, None])
         return out.to(v.dtype)
 
@@ -246,7 +246,7 @@ class _MatrixMemory(torch.autograd.Function):
             result = torch.bmm(scores, v_).baddbmm_(q_, memory[here].flatten(0, 1))
             sizes = torch.bmm(q_, norms[here].flatten(0, 1)[..., None])[..., 0].add_(scores.sum(-1))
             size[here] = sizes.view(part.write.shape)
-            result.div_(torch.maximum(size[here].abs(), (-top[here]).exp()).flatten(0, 1)[..., None])
+            result.div_(torch.maximum(size[here].abs(), _least(top[here])).flatten(0, 1)[..., None])
             out[:, tokens] = join(result, batch, tokens.stop - tokens.start, heads)
         scale = gates.scale[-1].clone()
         ctx.save_for_backward(q, k, v, *gates, memory, norms, top, size, out, pairs)
@@ -271,11 +271,11 @@ class _MatrixMemory(torch.autograd.Function):
                 part = _Gates(*(x[here] for x in gates))
                 weights, _ = _weights(part, pairs, here, top[here])
                 reach = (part.inflow - top[here]).exp_().flatten(0, 1)[..., None]
-                lowest = (-top[here]).exp_()
+                least = _least(top[here])
                 sizes = size[here]
-                bottom = torch.maximum(sizes.abs(), lowest).flatten(0, 1)[..., None]
+                bottom = torch.maximum(sizes.abs(), least).flatten(0, 1)[..., None]
                 go = go / bottom
-                active = sizes.sign().mul_(sizes.abs() > lowest).flatten(0, 1)[..., None]
+                active = sizes.sign().mul_(sizes.abs() > least).flatten(0, 1)[..., None]
                 gs = -(go * o).sum(-1, keepdim=True) * active
                 # What reaches the states from outputs, then through time.
                 reads = q_ * reach
@@ -306,6 +306,11 @@ class _MatrixMemory(torch.autograd.Function):
                     whole[:, tokens] = join(x, batch, tokens.stop - tokens.start, heads)
         gi, gf = (join(x.view(-1, chunk, 1), batch, length, heads)[..., 0] for x in (grad_i, grad_f))
         return grad_q, grad_k, grad_v, gi, gf, grad_C, grad_n, *(None,) * 6
+
+
+def _least(m: torch.Tensor) -> torch.Tensor:
+    """e^-m, the least denominator; never 0, since q and with it n^T q may be."""
+    return (-m).exp().clamp(min=torch.finfo(m.dtype).tiny)
 
 
 def _segments(count: int, chunk: int) -> list[slice]:
