@@ -83,6 +83,11 @@ def _triangular_flops(matrix, right, *args, out_shape=None, **kwargs) -> int:
     return batch * size * size * columns
 
 
+def _product_flops(added, left, right, *args, out_shape=None, **kwargs) -> int:
+    batch, rows, inner = left
+    return 2 * batch * rows * inner * right[-1]
+
+
 def test_flops_are_those_of_the_matrix_products(name, any_options, small):
     spec = registry.spec(name)
     parsed = spec.options.parse(any_options)
@@ -94,8 +99,9 @@ def test_flops_are_those_of_the_matrix_products(name, any_options, small):
     x = torch.randn(batch, length, small.hidden_size)
     with torch.no_grad():
         lower(x, position_embeddings=rotary, mixer_inputs=inputs)
-        solve = {torch.ops.aten.linalg_solve_triangular: _triangular_flops}
-        with FlopCounterMode(display=False, custom_mapping=solve) as counter:
+        aten = torch.ops.aten
+        unknown = {aten.linalg_solve_triangular: _triangular_flops, aten.baddbmm_: _product_flops}
+        with FlopCounterMode(display=False, custom_mapping=unknown) as counter:
             mixer(x, position_embeddings=rotary, mixer_inputs=inputs)
     counted = counter.get_total_flops() / (batch * length)
     assert abs(spec.flops_per_token(small, parsed) - counted) <= 0.01 * counted
