@@ -26,11 +26,11 @@ class Decays(NamedTuple):
 
 
 def bounded_exp(x: torch.Tensor, highest: float | None = None) -> torch.Tensor:
-    """exp of x, in place, of at least e^-80 (e^-700 in fp64).
+    """exp of x, in place, of at least e^-87 (e^-700 in fp64).
 
     That is nothing beside 1, but no subnormal number: CPUs take these twenty times as long.
     """
-    return x.clamp_(-80.0 if x.dtype == torch.float32 else -700.0, highest).exp_()
+    return x.clamp_(-87.0 if x.dtype == torch.float32 else -700.0, highest).exp_()
 
 
 def scalar_decays(g: torch.Tensor, k: torch.Tensor, border: Borders | None) -> Decays:
@@ -62,12 +62,50 @@ def scalar_decay_gradient(
     Args:
         pairs: (M, C, C) shares of the products of token i with token j. Overwritten. A token's own pair has no decay.
         read: (M, C) shares of what each token reads in the incoming state.
-        sent: (M, C) shares of what each token hands on to the outgoing state.
-        held: (M,) shares of all that is in the outgoing state.
+        sent: (M, C) shares of what each token hands on to the outgoing state. Overwritten.
+        held: (M,) shares of what is left of the incoming state in the outgoing one.
     """
+    sent[:, -1] = 0.0  # what the last token hands on has no decay
     dG = pairs.tril_(-1).sum(2).sub_(pairs.sum(1)).add_(read).sub_(sent)
-    dG[:, -1] += held
+    dG[:, -1] += held + sent.sum(1)
     return dG.flip(1).cumsum(1).flip(1)
+
+
+class ChannelDecays(NamedTuple):
+    """Decays per channel of M = N * B * H chunks, relative to the middle m of each, which has cumulated log-decay G_m.
+
+    A product of token i with token j <= i takes q_i * left_i and k_j * right_j. Log-decays in [-5, 0] and chunks of 32
+    keep both below e^80. Products with j > i may overflow: discard them before anything else.
+
+    Attributes:
+        left: (M, C, dk) e^(G - G_m). right: (M, C, dk) e^(G_m - G).
+        inflow: (M, 1 or C, dk), turns `left` into the decay of the incoming state at each token.
+        outflow: (M, 1 or C, dk), turns `right` into the decay from each token to the end of the chunk.
+        carry: (M, dk, 1) of the incoming state over the whole chunk.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    inflow: torch.Tensor
+    outflow: torch.Tensor
+    carry: torch.Tensor
+
+
+def channel_decays(g: torch.Tensor, border: Borders | None) -> ChannelDecays:
+    """Decays of log-decays (M, C, dk); what document borders cut off is 0 in all but `left` and `right`."""
+    G = g.cumsum(1)
+    middle = G[:, (G.shape[1] - 1) // 2, None]
+    carry, outflow, inflow = G[:, -1].unsqueeze(-1).clone(), G[:, -1:] - middle, middle.clone()
+    left = (G - middle).exp_()
+    inflow, outflow, carry = (bounded_exp(x) for x in (inflow, outflow, carry))
+    if border is not None:
+        inflow, outflow, carry = inflow * border.sees, outflow * border.leaves, carry * border.carries
+    return ChannelDecays(left, left.reciprocal(), inflow, outflow, carry)
+
+
+def seen(scores: torch.Tensor, border: Borders | None) -> torch.Tensor:
+    """Scores (M, C, C) with those between documents at 0. Overwrites them."""
+    return scores if border is None else scores.mul_(border.pairs)
 
 
 def states_before(written: torch.Tensor, carry: torch.Tensor, first: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import torch
 
-from .chunks import borders, compute_dtype, initial_state, join, real_segments, scan, split
+from .chunks import Borders, compute_dtype, initial_state, real_segments
+from .decays import channel_decays, flows_after, seen, states_before
 from .op import Op
+from .segmented import Kernel, Parts, Tensors, segmented
 
 CHUNK = 32
 MAX_CHUNK = 32
@@ -79,35 +81,53 @@ def chunked(
     """
     if chunk > MAX_CHUNK:
         raise ValueError(f"chunk={chunk}: the chunked form of GLA is safe in fp32 up to {MAX_CHUNK}")
-    batch, length, heads, dk = k.shape
+    batch, _, heads, dk = k.shape
     dtype = compute_dtype(v.dtype)
     with torch.autocast(v.device.type, enabled=False):
         S = initial_state(state, batch, heads, dk, v.shape[-1], v, dtype)
-        q_, k_, v_, g_ = (split(x, chunk, dtype) for x in _masked(q, k, v, g, padding, dtype))
-        G = g_.cumsum(1)
-        middle = G[:, chunk // 2, None]
-        left, right = q_ * (G - middle).exp(), k_ * (middle - G).exp()
-        inflow, outflow = left * middle.exp(), right * (G[:, -1:] - middle).exp()
-        carry = G[:, -1].exp()
-        hidden = torch.ones(chunk, chunk, dtype=torch.bool, device=v.device).triu(1)
-        scores = torch.bmm(left, right.mT)
-        real = real_segments(segments, padding)
-        if real is None:
-            scores = scores.masked_fill(hidden, 0.0)
-        else:
-            border = borders(real, chunk, dtype)
-            view = (-1, batch, heads)
-            scores = scores.unflatten(0, view).masked_fill(hidden | ~border.pairs, 0.0).flatten(0, 2)
-            inflow = (inflow.unflatten(0, view) * border.sees).flatten(0, 2)
-            outflow = (outflow.unflatten(0, view) * border.leaves).flatten(0, 2)
-            carry = (carry.unflatten(0, view) * border.carries[..., 0]).flatten(0, 2)
-        before, S = scan(
-            torch.diag_embed(carry).unflatten(0, (-1, batch * heads)),
-            torch.bmm(outflow.mT, v_).unflatten(0, (-1, batch * heads)),
-            S.flatten(0, 1),
-        )
-        out = torch.baddbmm(torch.bmm(scores, v_), inflow, before)
-        return join(out, batch, length, heads).to(v.dtype), S.unflatten(0, (batch, heads))
+        if padding is not None:
+            q, k, v, g = _masked(q, k, v, g, padding, dtype)
+        out, (S,) = segmented(_KERNEL, (q, k, v, g), (S,), chunk, real_segments(segments, padding))
+        return out.to(v.dtype), S
+
+
+def _forward(parts: Parts, states: Tensors, border: Borders | None) -> tuple[torch.Tensor, Tensors, Tensors]:
+    q, k, v, g = parts
+    (first,) = states
+    decays = channel_decays(g, border)
+    left, right = q * decays.left, k * decays.right
+    before, last = states_before(torch.bmm((right * decays.outflow).mT, v), decays.carry, first)
+    scores = seen(torch.bmm(left, right.mT).tril_(), border)
+    return torch.bmm(scores, v).baddbmm_(left * decays.inflow, before), (last,), (before,)
+
+
+def _backward(
+    parts: Parts, kept: Tensors, border: Borders | None, grad: torch.Tensor, flows: Tensors, needs: tuple[bool, ...]
+) -> tuple[Parts, Tensors]:
+    q, k, v, g = parts
+    (before,) = kept
+    decays = channel_decays(g, border)
+    left, right = q * decays.left, k * decays.right
+    after, flow = flows_after(torch.bmm((left * decays.inflow).mT, grad), decays.carry, flows[0])
+    scores = seen(torch.bmm(left, right.mT).tril_(), border)
+    pull = seen(torch.bmm(grad, v.mT).tril_(), border)
+    own = pull.diagonal(dim1=1, dim2=2).unsqueeze(-1).clone()
+    pull.tril_(-1)
+    dv = torch.bmm(right * decays.outflow, after).baddbmm_(scores.mT, grad)
+    dleft = torch.bmm(grad, before.mT).mul_(decays.inflow).baddbmm_(pull, right)
+    dright = torch.bmm(v, after.mT).mul_(decays.outflow)
+    # A decay's gradient is the sum, over all products that it enters, of value times gradient. What has no decay, a
+    # token's product with itself and what the last one hands on, stays out: it would only leave rounding errors.
+    held = (before * after).sum(-1) * decays.carry[..., 0] + (dright * right)[:, :-1].sum(1)
+    dright.baddbmm_(pull.mT, left)
+    shares = left * dleft
+    shares[:, :-1].addcmul_(right[:, :-1], dright[:, :-1], value=-1)
+    shares[:, -1] += held
+    dq, dk = dleft.mul_(decays.left).addcmul_(own, k), dright.mul_(decays.right).addcmul_(own, q)
+    return (dq, dk, dv, shares.flip(1).cumsum(1).flip(1)), (flow,)
+
+
+_KERNEL = Kernel(_forward, _backward)
 
 
 def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, state: torch.Tensor) -> torch.Tensor:

@@ -110,7 +110,7 @@ def _backward(
     dg = None
     if needs[3]:
         read, sent = (q * dq).sum(-1), (k * dk).sum(-1)
-        held = (before * after).sum((1, 2)) * decays.carry.flatten() + sent.sum(1)
+        held = (before * after).sum((1, 2)) * decays.carry.flatten()
         dg = scalar_decay_gradient(scores.mul_(pull), read, sent, held)
         if g.dim() == 1:
             dg = dg.sum(1).view(-1, len(g)).sum(0)
