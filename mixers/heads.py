@@ -232,7 +232,9 @@ class AttentionMixer(Mixer):
         return x.unsqueeze(3).expand(*x.shape[:3], group, *x.shape[3:]).flatten(2, 3)
 
     def output(self, x: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
-        """The layer output, (B, T, D), from the heads' outputs (B, T, H, d): norm, gate, output projection."""
+        """The layer output, (B, T, D), from the heads' outputs (B, T, H, d): norm and gate, if any, and projection."""
+        if not isinstance(self.options, GatedOptions):
+            return self.o_proj(o.flatten(2).to(x.dtype))
         kind = self.options.out_norm
         if kind == "group":
             norm: Any = self.out_norm

@@ -15,6 +15,8 @@ _MIXERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "rwkv7": ("RWKV7Spec", "RWKV7", ("rwkv-7", "rad-rwkv7", "qrwkv7", "goose")),
     "gated_deltanet": ("GatedDeltaNetSpec", "GatedDeltaNet", ("gdn", "gated-deltanet", "gated_delta_net")),
     "deltanet": ("DeltaNetSpec", "DeltaNet", ("delta-net", "delta_net", "delta")),
+    "swa": ("SWASpec", "SWA", ("sliding-window", "sliding_window", "streaming-llm", "lighttransfer")),
+    "hedgehog": ("HedgehogSpec", "Hedgehog", ("lolcats", "hedgehog-swa")),
     "identity": ("IdentitySpec", "Identity", ("no-mixing", "no_mixing")),
 }
 

@@ -131,7 +131,6 @@ def chunked(
         return row.restore(o).to(v.dtype), (keys, values, features, sums, count)
 
 
-@torch.no_grad()
 def step(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -145,22 +144,23 @@ def step(
     state: HedgehogState,
 ) -> torch.Tensor:
     """One token, T = 1, without gradients; `state` is overwritten. Returns (B, 1, H, dv)."""
-    keys, values, features, sums, count = state
-    batch, heads, size, _ = keys.shape
-    place = next_place(count, window, 0).long()[:, None, :, None].expand(-1, heads, -1, -1)
-    index = [place.expand(-1, -1, -1, x.shape[-1]) for x in (keys, values, features)]
-    gone = features.gather(2, index[2]).flatten(0, 1).mT, _with_one(values.gather(2, index[1])).flatten(0, 1)
-    sums.flatten(0, 1).baddbmm_(*gone)
-    for old, where, new in zip((keys, values, features), index, (k, v, phi_k), strict=True):
-        old.scatter_(2, where, new.transpose(1, 2).to(old.dtype))
-    count.copy_(advance(count, window, 0))
-    grouped, phi = (x.to(keys.dtype).reshape(batch * heads, -1, x.shape[-1]) for x in (q, phi_q))
-    logits = cap(torch.bmm(grouped, keys.flatten(0, 1).mT).mul_(scale), softcap).view(batch, -1, size)
-    logits.masked_fill_((torch.arange(size, device=keys.device) >= count)[:, None], float("-inf"))
-    weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_() * gamma.to(keys.dtype)[:, None]
-    total = torch.bmm(weights.view(batch * heads, -1, size), _with_one(values).flatten(0, 1))
-    o = _divide(total.baddbmm_(phi, sums.flatten(0, 1)))
-    return o.view(batch, 1, -1, o.shape[-1]).to(v.dtype)
+    with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
+        keys, values, features, sums, count = state
+        batch, heads, size, _ = keys.shape
+        place = next_place(count, window, 0).long()[:, None, :, None].expand(-1, heads, -1, -1)
+        index = [place.expand(-1, -1, -1, x.shape[-1]) for x in (keys, values, features)]
+        gone = features.gather(2, index[2]).flatten(0, 1).mT, _with_one(values.gather(2, index[1])).flatten(0, 1)
+        sums.view(batch * heads, *sums.shape[2:]).baddbmm_(*gone)
+        for old, where, new in zip((keys, values, features), index, (k, v, phi_k), strict=True):
+            old.scatter_(2, where, new.transpose(1, 2).to(old.dtype))
+        count.copy_(advance(count, window, 0))
+        grouped, phi = (x.to(keys.dtype).reshape(batch * heads, -1, x.shape[-1]) for x in (q, phi_q))
+        logits = cap(torch.bmm(grouped, keys.flatten(0, 1).mT).mul_(scale), softcap).view(batch, -1, size)
+        logits.masked_fill_((torch.arange(size, device=keys.device) >= count)[:, None], float("-inf"))
+        weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_() * gamma.to(keys.dtype)[:, None]
+        weights, far = weights.view(batch * heads, -1, size), torch.bmm(phi, sums.flatten(0, 1))
+        o = torch.baddbmm(far[..., :-1], weights, values.flatten(0, 1)).div_(far[..., -1:] + weights.sum(-1, True))
+        return o.view(batch, 1, -1, o.shape[-1]).to(v.dtype)
 
 
 OP = Op("hedgehog", recurrent, chunked, step)
@@ -250,4 +250,4 @@ def _linear(
     scores = (p.flatten(3, 4) @ f.mT).unflatten(3, (-1, size)).masked_fill(~seen, 0.0)
     o = scores.flatten(3, 4) @ x + inflow.flatten(3, 4) @ torch.stack(states, 2)
     o = o.unflatten(3, (-1, size)).permute(0, 2, 4, 1, 3, 5)
-    return o.reshape(batch, length + extra, all_heads, -1)[:, :length], sums
+    return o.reshape(batch, length + extra, all_heads, -1)[:, :length], sums.contiguous()

@@ -116,7 +116,6 @@ def chunked(
         return row.restore(o).to(v.dtype), (keys, values, count)
 
 
-@torch.no_grad()
 def step(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -128,17 +127,18 @@ def step(
     state: WindowState,
 ) -> torch.Tensor:
     """One token, T = 1, without gradients; it takes its place in `state`. Returns (B, 1, H, dv)."""
-    keys, values, count = state
-    batch, heads, size, dk = keys.shape
-    place = next_place(count, window, sinks).long()[:, None, :, None]
-    keys.scatter_(2, place.expand(-1, heads, -1, dk), k.transpose(1, 2).to(keys.dtype))
-    values.scatter_(2, place.expand(-1, heads, -1, values.shape[-1]), v.transpose(1, 2).to(values.dtype))
-    count.copy_(advance(count, window, sinks))
-    grouped = q.to(keys.dtype).reshape(batch * heads, -1, dk)
-    logits = cap(torch.bmm(grouped, keys.flatten(0, 1).mT).mul_(scale), softcap).view(batch, -1, size)
-    logits.masked_fill_((torch.arange(size, device=keys.device) >= count)[:, None], float("-inf"))
-    weights = logits.softmax(-1).view(batch * heads, -1, size)
-    return torch.bmm(weights, values.flatten(0, 1)).view(batch, 1, -1, values.shape[-1]).to(v.dtype)
+    with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
+        keys, values, count = state
+        batch, heads, size, dk = keys.shape
+        place = next_place(count, window, sinks).long()[:, None, :, None]
+        keys.scatter_(2, place.expand(-1, heads, -1, dk), k.transpose(1, 2).to(keys.dtype))
+        values.scatter_(2, place.expand(-1, heads, -1, values.shape[-1]), v.transpose(1, 2).to(values.dtype))
+        count.copy_(advance(count, window, sinks))
+        grouped = q.to(keys.dtype).reshape(batch * heads, -1, dk)
+        logits = cap(torch.bmm(grouped, keys.flatten(0, 1).mT).mul_(scale), softcap).view(batch, -1, size)
+        logits.masked_fill_((torch.arange(size, device=keys.device) >= count)[:, None], float("-inf"))
+        weights = logits.softmax(-1).view(batch * heads, -1, size)
+        return torch.bmm(weights, values.flatten(0, 1)).view(batch, 1, -1, values.shape[-1]).to(v.dtype)
 
 
 OP = Op("window", recurrent, chunked, step)

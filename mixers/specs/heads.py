@@ -135,11 +135,16 @@ def output_flops(geometry: Geometry, options: GatedOptions) -> int:
     return gate + window_flops(geometry, options.window)
 
 
+def window_block(window: int, chunk: int | None) -> int:
+    """Queries per block of softmax attention over a window: as chosen, else as mixers/ops/window.py does."""
+    return chunk or min(max(window // 2, 32), 128)
+
+
 def window_flops(geometry: Geometry, window: int, sinks: int = 0, chunk: int | None = None) -> int:
     """Forward FLOPs per token of scores and read-out, in the blocks that mixers/ops/window.py cuts of long rows."""
     if not window:
         return 0
-    block = chunk or min(max(window // 2, 32), 128)
+    block = window_block(window, chunk)
     keys = block * (1 + -(-(window - 1) // block)) + sinks
     return geometry.num_heads * 4 * keys * geometry.head_dim
 

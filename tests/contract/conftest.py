@@ -124,6 +124,10 @@ class Stack(torch.nn.Module):
     def mixers(self) -> list[Mixer]:
         return list(self.layers)  # type: ignore[arg-type]
 
+    def beyond(self, length: int) -> int:
+        """So many tokens more than the mixer's window, if it has one: what comes before the window takes part too."""
+        return length + getattr(self.mixers()[0].options, "window", 0)
+
     def rotary(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
         if not self.geometry.rope:
             return None
@@ -181,13 +185,17 @@ def make_tokens():
 
 @pytest.fixture
 def close():
-    """Assert that two tensors are equal to within `tolerance` of the larger one's largest value."""
+    """Assert that two tensors are equal to within `tolerance` of the expected one's largest value.
+
+    Where that is the rounding of a zero (the gradient of what has no influence), to within `tolerance` itself.
+    """
 
     def check(found: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str = "") -> None:
         assert found.shape == expected.shape, f"{what}: {tuple(found.shape)}, expected {tuple(expected.shape)}"
         assert found.isfinite().all(), f"{what}: not finite"
         found, expected = found.detach().double(), expected.detach().double()
-        error = float((found - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
+        largest = float(expected.abs().max())
+        error = float((found - expected).abs().max()) / (largest if largest > 1e-13 else 1.0)
         assert error <= tolerance, f"{what}: relative error {error:.1e} above {tolerance:.0e}"
 
     return check

@@ -22,7 +22,7 @@ def trainable(name, options, small):
 @pytest.mark.usefixtures("trainable")
 def test_every_parameter_receives_a_gradient(name, options, small, make_stack, make_tokens):
     stack = make_stack(name, options, small)
-    stack(make_tokens(2, 40, small.hidden_size).float()).square().sum().backward()
+    stack(make_tokens(2, stack.beyond(40), small.hidden_size).float()).square().sum().backward()
     for key, parameter in stack.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), key
         assert parameter.grad.abs().max() > 0, f"{key} is not used"
@@ -32,7 +32,7 @@ def test_every_parameter_receives_a_gradient(name, options, small, make_stack, m
 def test_gradients_are_slopes(name, options, small, make_stack, make_tokens):
     """Autograd against a finite difference, one direction per parameter: nothing is cut off on the way."""
     stack = make_stack(name, options, small).double()
-    x, target = make_tokens(2, 20, small.hidden_size), make_tokens(2, 20, small.hidden_size, seed=1)
+    x, target = (make_tokens(2, stack.beyond(20), small.hidden_size, seed=seed) for seed in (0, 1))
 
     def value():
         return (stack(x) * target).sum()
@@ -54,8 +54,9 @@ def test_parameters_can_leave_their_first_values(name, options, small, make_toke
     parsed = registry.spec(name).options.parse(options)
     mixers = [registry.module(name)(small, parsed, i, 2, i == 0) for i in range(2)]
     torch.manual_seed(0)
-    x = make_tokens(2, 40, small.hidden_size).float()
-    rotary = (torch.ones(1, 40, small.head_dim), torch.zeros(1, 40, small.head_dim))
+    length = 40 + getattr(parsed, "window", 0)
+    x = make_tokens(2, length, small.hidden_size).float()
+    rotary = (torch.ones(1, length, small.head_dim), torch.zeros(1, length, small.head_dim))
     optimizer = torch.optim.Adam([p for m in mixers for p in m.parameters()], 1e-2)
     for _ in range(2):
         optimizer.zero_grad()
