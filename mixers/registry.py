@@ -17,6 +17,7 @@ _MIXERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "deltanet": ("DeltaNetSpec", "DeltaNet", ("delta-net", "delta_net", "delta")),
     "swa": ("SWASpec", "SWA", ("sliding-window", "sliding_window", "streaming-llm", "lighttransfer")),
     "hedgehog": ("HedgehogSpec", "Hedgehog", ("lolcats", "hedgehog-swa")),
+    "liger": ("LigerSpec", "Liger", ("liger-gla", "liger_gla")),
     "identity": ("IdentitySpec", "Identity", ("no-mixing", "no_mixing")),
 }
 
