@@ -1,4 +1,4 @@
-"""How fast a model decodes at a given context, and how fast it reads.
+"""How fast a model decodes at a given context and what it carries there, and how fast it reads.
 
 Other programs on the machine disturb timings. Contexts that are to be compared are therefore timed in turns within one
 run, in alternating order, and what is reported are medians and interquartile ranges over the turns.
@@ -8,65 +8,74 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
-from .cache import Sequence
+from .cache import Sequence, held_bytes
 
 
-def decode_ms_per_token(
-    model: Any,
+def decode(
+    models: Mapping[str, Any],
     lengths: Iterable[int],
     repeats: int = 9,
     *,
     tokens: int = 8,
-    prefill: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[int, dict[str, float]]:
-    """Time of one decode step (batch 1) at each context length, in milliseconds.
+    prefill: int | None = 2048,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, dict[str, Any]]:
+    """Time of one decode step (batch 1), and the bytes carried from step to step, at each context length.
+
+    Every model at every context is timed once in each turn, one right after the other, in alternating order. Ratios
+    are taken within a turn, so that a slow spell of the machine touches both sides.
 
     Args:
-        model: any causal language model that takes past_key_values, in eval mode.
-        lengths: tokens of context. A context grows by the `tokens` decoded in each turn.
-        repeats: turns; in each, every context is timed once. One more turn before them warms up.
+        models: name -> any causal language model that takes past_key_values, in eval mode.
+        lengths: tokens of context, each at least 2; they may exceed the contexts that the models were made for: what a
+            step takes does not depend on what it says. A context grows by the `tokens` decoded in each turn.
+        repeats: turns. One more before them warms up.
         tokens: decode steps per timing.
         prefill: as for `cache_bytes`: tokens to prefill for real where attention layers are present (None: all).
-        progress: called with (turns done, turns in all).
+        progress: called with a line before each context is filled, and before the turns.
 
     Returns:
-        {length: {"median_ms", "iqr"}}, both in ms per token over the turns, in ascending order of length.
+        {name: {"trained_context": max_position_embeddings or None,
+        "lengths": {length: {"median_ms", "iqr" (both per token), "bytes" (of the cache, as `cache_bytes` measures)}},
+        and with two lengths or more "ratio" (time at the longest over that at the shortest: median, with "ratio_min",
+        "ratio_max") and "bytes_ratio" (None where nothing is held)}}. Lengths ascend.
+
+    Raises:
+        ValueError: no lengths, a length below 2, no repeats or no tokens; a model that returns no cache.
     """
-    turns = _turns(model, sorted(set(lengths)), repeats, tokens, prefill, progress)
-    return {length: {"median_ms": statistics.median(ms), "iqr": _iqr(ms)} for length, ms in turns.items()}
-
-
-def decode_ratio(
-    model: Any,
-    short: int = 1024,
-    long: int = 16384,
-    repeats: int = 9,
-    *,
-    tokens: int = 8,
-    prefill: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, float]:
-    """How much longer a decode step takes at `long` tokens of context than at `short` ones.
-
-    The ratio is taken within each turn, where both were timed one right after the other, and then the median over
-    turns, so that a slow spell of the machine touches both sides. Arguments as for `decode_ms_per_token`.
-
-    Returns:
-        {"ratio", "iqr" (of the ratio), "short_ms", "long_ms" (medians)}.
-    """
-    turns = _turns(model, [short, long], repeats, tokens, prefill, progress)
-    ratios = [b / a for a, b in zip(turns[short], turns[long], strict=True)]
+    wanted = sorted(set(lengths))
+    if not wanted or wanted[0] < 2 or repeats < 1 or tokens < 1:
+        raise ValueError(f"need lengths of at least 2, repeats and tokens of at least 1: {wanted}, {repeats}, {tokens}")
+    contexts: dict[tuple[str, int], Sequence] = {}
+    held: dict[tuple[str, int], int] = {}
+    for name, model in models.items():
+        for length in wanted:
+            progress(f"{name}: {length} tokens of context")
+            contexts[name, length] = sequence = Sequence(model, prefill=prefill)
+            sequence.grow(length - 1)
+            sequence.decode(1)
+            held[name, length] = held_bytes(sequence.cache)
+    progress(f"{repeats} turns")
+    times = _turns(contexts, repeats, tokens)
     return {
-        "ratio": statistics.median(ratios),
-        "iqr": _iqr(ratios),
-        "short_ms": statistics.median(turns[short]),
-        "long_ms": statistics.median(turns[long]),
+        name: {
+            "trained_context": getattr(model.config, "max_position_embeddings", None),
+            "lengths": {
+                length: {
+                    "median_ms": statistics.median(times[name, length]),
+                    "iqr": _iqr(times[name, length]),
+                    "bytes": held[name, length],
+                }
+                for length in wanted
+            },
+        }
+        | _growth([times[name, length] for length in wanted], [held[name, length] for length in wanted])
+        for name, model in models.items()
     }
 
 
@@ -87,32 +96,31 @@ def throughput(model: Any, batch: int, seq: int, repeats: int = 5) -> float:
     return statistics.median(rates[1:])
 
 
-def _turns(
-    model: Any,
-    lengths: list[int],
-    repeats: int,
-    tokens: int,
-    prefill: int | None,
-    progress: Callable[[int, int], None] | None,
-) -> dict[int, list[float]]:
+def _turns(contexts: dict[tuple[str, int], Sequence], repeats: int, tokens: int) -> dict[tuple[str, int], list[float]]:
     """ms per token of each context in each turn."""
-    if not lengths or lengths[0] < 1 or repeats < 1 or tokens < 1:
-        raise ValueError(f"need lengths, repeats and tokens of at least 1, found {lengths}, {repeats}, {tokens}")
-    contexts = {length: Sequence(model, prefill=prefill) for length in lengths}
-    for length, sequence in contexts.items():
-        sequence.grow(length)
-    device = next(model.parameters()).device
-    times: dict[int, list[float]] = {length: [] for length in lengths}
+    times: dict[tuple[str, int], list[float]] = {key: [] for key in contexts}
     for turn in range(repeats + 1):
-        for length in lengths if turn % 2 else reversed(lengths):
+        for key in contexts if turn % 2 else reversed(contexts):
+            device = next(contexts[key].model.parameters()).device
             _settle(device)
             start = time.perf_counter()
-            contexts[length].decode(tokens)
+            contexts[key].decode(tokens)
             _settle(device)
-            times[length].append((time.perf_counter() - start) * 1000 / tokens)
-        if progress is not None:
-            progress(turn + 1, repeats + 1)
-    return {length: ms[1:] for length, ms in times.items()}
+            times[key].append((time.perf_counter() - start) * 1000 / tokens)
+    return {key: ms[1:] for key, ms in times.items()}
+
+
+def _growth(times: list[list[float]], held: list[int]) -> dict[str, float | None]:
+    """What the longest context costs over the shortest; nothing where there is but one."""
+    if len(times) < 2:
+        return {}
+    ratios = [b / a for a, b in zip(times[0], times[-1], strict=True)]
+    return {
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "bytes_ratio": held[-1] / held[0] if held[0] else None,
+    }
 
 
 def _settle(device: torch.device) -> None:

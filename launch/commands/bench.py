@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...distill.errors import UserError
+from ...distill.errors import RunFailed, UserError
 from ...recipes.units import parse_count
-from ..output import data, data_json, table
+from ..bench_text import decode_text, ops_text
+from ..output import data, data_json, only_talk, table, talk
 from .common import Json, examples
+
+if TYPE_CHECKING:
+    from ...recipes.bench_ops import Settings
 
 app = typer.Typer(
     help="Measure speed as ratios within one run.",
@@ -30,8 +34,15 @@ def register(parent: typer.Typer) -> None:
     )(align)
     app.command(
         epilog=examples(
-            "relinear bench decode runs/quickstart/all-linear/export",
-            "relinear bench decode DIR --lengths 1k,4k,16k --json",
+            "relinear bench ops --op gated_delta,kda --lengths 2Ki,8Ki",
+            "relinear bench ops --op mlstm --max-seconds 20 --fla FOLDER --json",
+            then="relinear bench align embedded",
+        )
+    )(ops)
+    app.command(
+        epilog=examples(
+            "relinear bench decode runs/quickstart/all-linear/export --against embedded",
+            "relinear bench decode DIR --lengths 1Ki,4Ki,32Ki --json",
             then="relinear eval DIR --against TEACHER --text FILE",
         )
     )(decode)
@@ -56,26 +67,114 @@ def align(
     _show(align_ratio(teacher, name, batch=batch, seq_len=seq_len), json)
 
 
-def decode(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="Any causal language model.")],
-    lengths: Annotated[str, typer.Option(metavar="N,N", help="Contexts in tokens, comma between them.")] = "1Ki,16Ki",
-    repeats: Annotated[int, typer.Option(min=1, help="Turns; every context is timed once in each.")] = 9,
+def ops(
+    op: Annotated[
+        str | None, typer.Option("--op", metavar="NAME,…", help="Ops to measure; all by default.", show_default=False)
+    ] = None,
+    lengths: Annotated[str, typer.Option(metavar="N,N", help="Tokens, forward and backward.")] = "2Ki,8Ki,32Ki",
+    batches: Annotated[str, typer.Option(metavar="N,N", help="Rows, of one decoded token.")] = "1,8,64",
+    heads: Annotated[int, typer.Option(min=1, help="Heads of every op.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=1, help="Width of a head's keys and values.")] = 64,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns at most; both sides are timed once in each.")] = 7,
+    max_seconds: Annotated[
+        float, typer.Option(min=1, metavar="S", help="Skip what takes longer than this, all turns included.")
+    ] = 60,
+    max_gb: Annotated[
+        float, typer.Option("--max-gb", min=1, metavar="GB", help="Skip what takes more memory than this.")
+    ] = 8,
+    fla: Annotated[
+        str | None,
+        typer.Option(
+            "--fla",
+            metavar="FOLDER",
+            help="flash-linear-attention's sources, where it is not installed.",
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Compare the time per decoded token between contexts."""
-    from ...distill.teacher import load_model
-    from ...eval.speed import decode_ms_per_token, decode_ratio
+    """Compare every op with the public implementations of the same recurrence.
 
+    Forward and backward of the chunked form, and one decoded token, in fp32 on the CPU, against transformers' torch
+    fallbacks and fla's naive functions: ratios of times measured in turns, and the peak of allocated memory. A pair is
+    timed only after both sides gave the same output and gradients.
+    """
+    settings = _ops_settings(op, lengths, batches, fla)._replace(
+        heads=heads, head_dim=head_dim, threads=threads, repeats=repeats, max_seconds=max_seconds, max_gb=max_gb
+    )
+    from ...recipes.bench_ops import failures, measure
+
+    with only_talk():
+        result = measure(settings, progress=talk)
+    if json:
+        data_json(result)
+    else:
+        data(ops_text(result))
+    if failed := failures(result):
+        raise RunFailed("; ".join(failed))
+
+
+def _ops_settings(op: str | None, lengths: str, batches: str, fla: str | None) -> Settings:
+    """Checked settings; the rest of them as they are by default."""
+    counts = {"lengths": _counts("--lengths", lengths, "2Ki,8Ki"), "batches": _counts("--batches", batches, "1,8,64")}
+    from ...recipes.bench_baselines import fla_root
+    from ...recipes.bench_ops import OPS, Settings
+
+    names = tuple(dict.fromkeys(part.strip() for part in op.split(","))) if op is not None else OPS
+    if unknown := [name for name in names if name not in OPS]:
+        raise UserError(f"--op: no op named {unknown[0]!r}. There are: {', '.join(OPS)}")
     try:
-        wanted = sorted({parse_count(part.strip()) for part in lengths.split(",")})
+        fla_root(fla)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"--fla: {error}. Give the folder of a checkout or of an unpacked wheel of flash-linear-attention"
+        ) from None
+    return Settings(ops=names, fla=fla, lengths=counts["lengths"], batches=counts["batches"])
+
+
+def _counts(option: str, text: str, example: str, least: int = 1) -> tuple[int, ...]:
+    """Ascending numbers out of `2Ki,8Ki`."""
+    try:
+        found = sorted({parse_count(part.strip()) for part in text.split(",")})
     except ValueError as error:
-        raise UserError(f"--lengths: {error}. For example: --lengths 1Ki,16Ki") from None
-    model, _ = load_model(folder)
-    if len(wanted) == 2:
-        _show({"lengths": wanted, **decode_ratio(model, wanted[0], wanted[1], repeats)}, json)
-        return
-    timed = decode_ms_per_token(model, wanted, repeats)
-    _show({f"{length} tokens": values["median_ms"] for length, values in timed.items()} | {"unit": "ms/token"}, json)
+        raise UserError(f"{option}: {error}. For example: {option} {example}") from None
+    if found[0] < least:
+        raise UserError(f"{option}: found {found[0]}, expected at least {least}. For example: {option} {example}")
+    return tuple(found)
+
+
+def decode(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Any causal language model.")],
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="TEACHER", help="Folder, Hub id, or embedded: timed beside it.", show_default=False),
+    ] = None,
+    lengths: Annotated[str, typer.Option(metavar="N,N", help="Contexts in tokens, comma between them.")] = "1Ki,32Ki",
+    repeats: Annotated[int, typer.Option(min=1, help="Turns; every context is timed once in each.")] = 9,
+    prefill: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Tokens that run for real where layers keep keys and values.")
+    ] = 2048,
+    json: Json = False,
+) -> None:
+    """Compare time per decoded token and cache between contexts.
+
+    A context whose cache does not grow is read for real. Where layers keep keys and values, what lies beyond --prefill
+    tokens enters as zeros, which changes neither time nor bytes; so may a context be longer than a model was made for.
+    """
+    wanted = _counts("--lengths", lengths, "1Ki,32Ki", least=2)
+    from ...distill.teacher import load_model
+    from ...eval.speed import decode as measure
+    from ...recipes.teacher_config import locate
+
+    names = {"model": folder} if against is None else {"student": folder, "teacher": against}
+    with only_talk():
+        models = {name: load_model(locate(source))[0] for name, source in names.items()}
+        result = measure(models, wanted, repeats, prefill=prefill, progress=talk)
+    if json:
+        data_json({"sources": names, "models": result})
+    else:
+        data(decode_text(result))
 
 
 def _show(result: dict[str, Any], json: bool) -> None:

@@ -1,0 +1,90 @@
+"""What `bench ops` and `bench decode` measured, as tables: one line per measurement, to read or to grep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..eval.tables import bytes_name, context_name
+from .output import table
+
+
+def ops_text(result: dict[str, Any]) -> str:
+    """The result of `recipes.bench_ops.measure`: each op alone, against the baselines, and one token."""
+    alone = [line for row in result["alone"] for line in _alone(row)]
+    sequence = [(row["op"], row["baseline"], context_name(row["length"]), *_against(row)) for row in result["sequence"]]
+    step = [(row["op"], row["baseline"] or "", str(row["batch"]), *_step(row)) for row in result["step"]]
+    return "\n\n".join(
+        f"{title}\n{table(rows, header)}"
+        for title, rows, header in (
+            ("Forward and backward, each op alone", alone, ("op", "tokens", "µs/token", "bytes/token", "note")),
+            (
+                "Forward and backward: their time over ours, and the most memory held",
+                sequence,
+                ("op", "baseline", "tokens", "ratio", "ours", "theirs", "our memory", "their memory", "error", "note"),
+            ),
+            (
+                "One token: their time over ours, and bytes allocated beyond the output",
+                step,
+                ("op", "baseline", "rows", "ratio", "ours", "theirs", "bytes", "error", "note"),
+            ),
+        )
+        if rows
+    )
+
+
+def decode_text(result: dict[str, Any]) -> str:
+    """The result of `eval.speed.decode`: a line per model and context, and what the longest costs over the shortest."""
+    rows, notes = [], []
+    for name, model in result.items():
+        for length, row in model["lengths"].items():
+            rows.append((name, context_name(length), f"{row['median_ms']:.3f}", bytes_name(row["bytes"])))
+        short, long = min(model["lengths"]), max(model["lengths"])
+        if "ratio" in model:
+            held = "" if model["bytes_ratio"] is None else f", cache × {model['bytes_ratio']:.3g}"
+            between = f"{context_name(long)} over {context_name(short)}"
+            notes.append(f"{name}: {between} tokens of context: time × {_spread(model, 'ratio')}{held}")
+        if model["trained_context"] and long > model["trained_context"]:
+            made_for = context_name(model["trained_context"])
+            notes.append(
+                f"{name}: made for {made_for} tokens; beyond, its time and bytes mean something, its words not"
+            )
+    return "\n".join([table(rows, ("model", "context", "ms/token", "cache")), *notes])
+
+
+def _alone(row: dict[str, Any]) -> list[tuple[str, ...]]:
+    if "note" in row:
+        return [(row["op"], "", "", "", row["note"])]
+    lines = []
+    for length, cell in row["lengths"].items():
+        last = "cost_ratio" in row and length == max(row["lengths"])
+        note = f"cost × {_spread(row, 'cost_ratio')}, memory × {row['memory_ratio']:.2f}" if last else ""
+        bytes_per_token = f"{cell['bytes_per_token']:.0f}"
+        lines.append((row["op"], context_name(length), f"{cell['us_per_token']:.1f}", bytes_per_token, note))
+    return lines
+
+
+def _against(row: dict[str, Any]) -> tuple[str, ...]:
+    if not row.get("agrees"):
+        return ("–", "–", "–", "–", "–", _error(row), _reason(row))
+    times = _spread(row, "ratio"), f"{row['ours_ms']:.1f} ms", f"{row['theirs_ms']:.1f} ms"
+    return (*times, bytes_name(row["ours_bytes"]), bytes_name(row["theirs_bytes"]), _error(row), "")
+
+
+def _step(row: dict[str, Any]) -> tuple[str, ...]:
+    if "extra_bytes" in row:
+        return ("", f"{row['ours_us']:.0f} µs", "", str(row["extra_bytes"]), "", "")
+    if not row.get("agrees"):
+        return ("–", "–", "–", "", _error(row), _reason(row))
+    return (_spread(row, "ratio"), f"{row['ours_us']:.0f} µs", f"{row['theirs_us']:.0f} µs", "", _error(row), "")
+
+
+def _spread(row: dict[str, Any], name: str) -> str:
+    return f"{row[name]:.2f} ({row[f'{name}_min']:.2f} to {row[f'{name}_max']:.2f})"
+
+
+def _error(row: dict[str, Any]) -> str:
+    return f"{row['error']:.0e}" if "error" in row else "–"
+
+
+def _reason(row: dict[str, Any]) -> str:
+    return row.get("note") or "not compared: they compute different things"
