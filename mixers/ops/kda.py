@@ -5,20 +5,22 @@
 with S (dk, dv). The removal acts on the decayed state. The caller normalises k to unit length and scales q.
 
 Stability. With |k| <= 1 and beta in [0, 1] the state is contracted at every step. A decay per channel must be split
-between the two sides of a product, so one of them grows: the chunked form takes decays relative to the middle of a
-block of 16 tokens, and between blocks relative to the border, where both sides shrink. With g >= -5 the largest
-intermediate is e^40 = 2e17 at any chunk length; g below -10 may overflow in fp32.
+between the two sides of a product, so one of them grows: with g >= -5 and decays relative to the middle of a chunk,
+up to e^80 = 5e34 in chunks of 32. Longer chunks are refused.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .chunks import borders, compute_dtype, initial_state, join, real_segments, scan, split
+from .chunks import Borders, compute_dtype, initial_state, real_segments
+from .decays import ChannelDecays, channel_decays, seen
+from .delta import Factors, delta_backward, delta_forward
 from .op import Op
+from .segmented import Kernel, Parts, Tensors, segmented
 
 CHUNK = 32
-BLOCK = 16
+MAX_CHUNK = 32
 
 
 def recurrent(
@@ -78,49 +80,67 @@ def chunked(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same in chunks of `chunk` tokens: products inside a chunk, one step per chunk between them.
 
-    With G the cumulated log-decay of a chunk and S its incoming state, the values u that are written solve
-        (I + A) U = beta V - beta (K e^G) S,    A_ij = beta_i sum_c k_ic k_jc e^(G_ic - G_jc), j < i
-    and U = U0 - W S is linear in S, hence so are the outputs and the outgoing state: what does not depend on S is
-    computed for all chunks at once. Arguments and results as `recurrent`.
+    With G the cumulated log-decay of a chunk and S its incoming state, what is written, u = beta y, solves
+        Y = V - (K e^G) S - A (beta Y),    A_ij = (K e^G)_i . (K e^-G)_j, j < i
+    and then O = (Q e^G) S + P (beta Y), with P as A but for Q in the place of the first K, and j <= i;
+    S' = e^(G_C) S + (K e^(G_C - G))^T (beta Y). Arguments and results as `recurrent`.
 
     Raises:
-        ValueError: `chunk` above 16 and no multiple of it.
+        ValueError: `chunk` above 32.
     """
-    if chunk > BLOCK and chunk % BLOCK:
-        raise ValueError(f"chunk={chunk}: expected at most {BLOCK}, or a multiple of it")
-    batch, length, heads, dk = k.shape
-    dv = v.shape[-1]
+    if chunk > MAX_CHUNK:
+        raise ValueError(f"chunk={chunk}: the chunked form of KDA is safe in fp32 up to {MAX_CHUNK}")
+    batch, _, heads, dk = k.shape
     dtype = compute_dtype(v.dtype)
     with torch.autocast(v.device.type, enabled=False):
-        S = initial_state(state, batch, heads, dk, dv, v, dtype)
-        masked = _masked(q, k, v, g, beta, padding, dtype)
-        q_, k_, v_, g_, beta_ = (split(x, chunk, dtype) for x in masked)
-        beta_ = beta_[..., None]
-        scores, reads, outflow, carry = _decayed(q_, k_, g_)
-        hidden = torch.ones(chunk, chunk, dtype=torch.bool, device=v.device).triu(1)
-        real = real_segments(segments, padding)
-        if real is None:
-            scores = scores.masked_fill(hidden, 0.0)
-        else:
-            border = borders(real, chunk, dtype)
-            view = (-1, batch, heads)
-            scores = scores.unflatten(0, view).masked_fill(hidden | ~border.pairs.unsqueeze(3), 0.0).flatten(0, 2)
-            reads = (reads.unflatten(0, view) * border.sees.unsqueeze(3)).flatten(0, 2)
-            outflow = (outflow.unflatten(0, view) * border.leaves).flatten(0, 2)
-            carry = (carry.unflatten(0, view) * border.carries[..., 0]).flatten(0, 2)
-        A, P = scores.unbind(1)
-        # The solver reads A strictly below the diagonal and takes ones on it.
-        rhs = torch.cat([v_, reads[:, 0]], -1) * beta_
-        U = torch.linalg.solve_triangular(A * beta_, rhs, upper=False, unitriangular=True)
-        written, removed = torch.bmm(outflow.mT, U).split([dv, dk], -1)
-        before, S = scan(
-            (torch.diag_embed(carry) - removed).unflatten(0, (-1, batch * heads)),
-            written.unflatten(0, (-1, batch * heads)),
-            S.flatten(0, 1),
-        )
-        direct, corrected = torch.bmm(P, U).split([dv, dk], -1)
-        out = torch.baddbmm(direct, reads[:, 1] - corrected, before)
-        return join(out, batch, length, heads).to(v.dtype), S.unflatten(0, (batch, heads))
+        S = initial_state(state, batch, heads, dk, v.shape[-1], v, dtype)
+        if padding is not None:
+            q, k, v, g, beta = _masked(q, k, v, g, beta, padding, dtype)
+        out, (S,) = segmented(_KERNEL, (q, k, g, beta, v), (S,), chunk, real_segments(segments, padding))
+        return out.to(v.dtype), S
+
+
+def _factors(parts: Parts, border: Borders | None) -> tuple[Factors, torch.Tensor, torch.Tensor, ChannelDecays]:
+    """Factors of the delta rule; k and q (M, 2C, dk) with decays on their left, k on its right, and the decays."""
+    q, k, g, beta, v = parts
+    decays = channel_decays(g, border)
+    left, right = torch.cat([k * decays.left, q * decays.left], 1), k * decays.right
+    a, P = torch.bmm(left, right.mT).chunk(2, 1)
+    Kin, Qin = (x * decays.inflow for x in left.chunk(2, 1))
+    a, P = seen(a.tril(-1), border), seen(P.tril(), border)
+    return Factors(a, beta[..., None], P, v, Kin, Qin, right * decays.outflow, decays.carry), left, right, decays
+
+
+def _forward(parts: Parts, states: Tensors, border: Borders | None) -> tuple[torch.Tensor, Tensors, Tensors]:
+    out, last, *kept = delta_forward(_factors(parts, border)[0], states[0])
+    return out, (last,), tuple(kept)
+
+
+def _backward(
+    parts: Parts, kept: Tensors, border: Borders | None, grad: torch.Tensor, flows: Tensors, needs: tuple[bool, ...]
+) -> tuple[Parts, Tensors]:
+    q, k, *_ = parts
+    T, before = kept
+    factors, left, right, decays = _factors(parts, border)
+    found, flow, _ = delta_backward(factors, T, before, grad, flows[0])
+    pull = torch.cat([seen(found.a.tril_(-1), border), seen(found.P.tril_(), border)], 1)
+    own = pull[:, k.shape[1] :].diagonal(dim1=1, dim2=2).unsqueeze(-1).clone()
+    pull[:, k.shape[1] :].tril_(-1)
+    dleft = torch.cat([found.Kin.mul_(decays.inflow), found.Qin.mul_(decays.inflow)], 1).baddbmm_(pull, right)
+    dright = found.Kout.mul_(decays.outflow)
+    # As in gla: what has no decay, a token's product with itself and what the last one hands on, stays out of dg.
+    held = (before * found.carry).sum(-1) * decays.carry[..., 0] + (dright * right)[:, :-1].sum(1)
+    dright.baddbmm_(pull.mT, left)
+    shares = (left * dleft).unflatten(1, (2, -1)).sum(1)
+    shares[:, :-1].addcmul_(right[:, :-1], dright[:, :-1], value=-1)
+    shares[:, -1] += held
+    dk, dq = dleft.chunk(2, 1)
+    dq = (dq * decays.left).addcmul_(own, k)
+    dk = (dk * decays.left).addcmul_(dright, decays.right).addcmul_(own, q)
+    return (dq, dk, shares.flip(1).cumsum(1).flip(1), found.beta[..., 0], found.V), (flow,)
+
+
+_KERNEL = Kernel(_forward, _backward)
 
 
 def step(
@@ -146,44 +166,6 @@ def step(
         S.addcmul_(k_.mT, row)
         torch.bmm(q_, S, out=row)
         return out.to(v.dtype)
-
-
-def _decayed(
-    q: torch.Tensor, k: torch.Tensor, g: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scores and keys with their decays, of (X, C, dk) inputs.
-
-    Returns:
-        (X, 2, C, C) scores of k and of q on k, right on and below the diagonal; (X, 2, C, dk) k and q with the decay
-        since the chunk's start; (X, C, dk) keys with the decay until its end; (X, dk) the decay over the whole chunk.
-    """
-    chunk = k.shape[1]
-    block = min(BLOCK, chunk)
-    G = g.unflatten(1, (-1, block)).cumsum(2)  # (X, blocks, block, dk): since the block's start
-    middle = G[:, :, block // 2, None]
-    both = torch.stack([k, q], 1).unflatten(2, (-1, block))  # (X, 2, blocks, block, dk)
-    keys = k.unflatten(1, (-1, block))
-    left = both * (G - middle).exp()[:, None]
-    right = keys * (middle - G).exp()
-    near = torch.matmul(left, right.mT[:, None])  # (X, 2, blocks, block, block)
-    reads = left * middle.exp()[:, None]
-    ends = right * (G[:, :, -1:] - middle).exp()
-    whole = G[:, :, -1].exp().unbind(1)
-    # Walk over the blocks: keys of all earlier blocks, decayed until the border; reads since the chunk's start.
-    rows, since, before, outflow = [], [], None, None
-    for n, (diagonal, read, end) in enumerate(zip(near.unbind(2), reads.unbind(2), ends.unbind(1), strict=True)):
-        if outflow is None or before is None:
-            outflow, before = end, whole[n]
-            rows.append(torch.nn.functional.pad(diagonal, (0, chunk - block)))
-            since.append(read)
-        else:
-            far = torch.matmul(read, outflow.mT[:, None])
-            rows.append(torch.nn.functional.pad(torch.cat([far, diagonal], -1), (0, chunk - (n + 1) * block)))
-            since.append(read * before[:, None, None])
-            outflow = torch.cat([outflow * whole[n][:, None], end], 1)
-            before = before * whole[n]
-    assert outflow is not None and before is not None
-    return torch.cat(rows, 2), torch.cat(since, 2), outflow, before
 
 
 def _masked(

@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid, normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from relinear.mixers.ops import kda, mlstm, selective_scan, titans
+from relinear.mixers.ops import kda, mlstm, segmented, selective_scan, titans
 
 B, H, DK, DV = 2, 3, 6, 5
 CHANNELS, SIZE, GROUPS = 6, 4, 2
@@ -146,7 +146,7 @@ def test_selective_scan_is_its_equation():
 
 
 @OPS
-@pytest.mark.parametrize("chunk", [1, 2, 16, 32, 64])
+@pytest.mark.parametrize("chunk", [1, 2, 16, 32])
 @pytest.mark.parametrize("length", [1, 15, 64, 130])
 def test_chunked_equals_recurrent(op, inputs, chunk, length):
     x, state = leaves(inputs(length)), leaves(states(op))
@@ -159,7 +159,9 @@ def test_chunked_equals_recurrent(op, inputs, chunk, length):
 @OPS
 def test_pieces_of_a_sequence_are_computed_one_after_another(op, inputs, monkeypatch):
     """Long rows are cut to fit a cache: here into pieces of one or two chunks, with borders on their limits."""
-    monkeypatch.setattr(op, "SCRATCH" if op is selective_scan else "SEGMENT", 16, raising=False)
+    monkeypatch.setattr(selective_scan, "SCRATCH", 2 * 8 * B * CHANNELS * SIZE)
+    monkeypatch.setattr(segmented, "WORKING_SET", 2 * 8 * B * H * DK)
+    monkeypatch.setattr(mlstm, "SEGMENT", 16)
     x, state = leaves(inputs(130)), leaves(states(op))
     limits = (torch.arange(130) // 16)[None].expand(B, -1)
     for where in (*places(130), {"segments": limits}, {"segments": limits.roll(1, 1).cummax(1).values}):
@@ -239,7 +241,7 @@ def test_many_calls_are_one(op, inputs):
     whole, final = op.chunked(*x, state=state)
     outs, start = [], 0
     for n, length in enumerate((1, 63, 2, 32, 52)):
-        out, state = op.chunked(*at(x, slice(start, start + length)), state=state, chunk=(16, 32, 64)[n % 3])
+        out, state = op.chunked(*at(x, slice(start, start + length)), state=state, chunk=(16, 32, 5)[n % 3])
         outs.append(out)
         start += length
     assert torch.allclose(torch.cat(outs, 1), whole, rtol=1e-11, atol=1e-11)
@@ -381,18 +383,17 @@ def test_kda_at_its_decay_bound_in_fp32():
             x = leaves([q, keys, v, g, torch.ones(B, 256, H)])
             truth, _ = kda.recurrent(*x)
             expected = torch.autograd.grad(truth.sum(), x)
-            for chunk in (16, 32, 64):
+            for chunk in (16, 32):
                 copies = leaves(x, torch.float32)
                 found, _ = kda.chunked(*copies, chunk=chunk)
                 gradients = torch.autograd.grad(found.sum(), copies)
                 for a, b in zip((found, *gradients), (truth, *expected), strict=True):
-                    # Under the strongest decay everywhere the gradient of g is itself but a hundredth.
-                    assert float((a - b).detach().abs().max() / b.detach().abs().max()) < 1e-4
+                    assert float((a - b).detach().abs().max() / b.detach().abs().max()) < 2e-5
 
 
-def test_kda_refuses_chunks_that_blocks_do_not_divide():
-    with pytest.raises(ValueError, match="40"):
-        kda.chunked(*kda_inputs(4), chunk=40)
+def test_kda_refuses_chunks_that_could_overflow():
+    with pytest.raises(ValueError, match="32"):
+        kda.chunked(*kda_inputs(4), chunk=33)
 
 
 @pytest.mark.parametrize("level", [0.0, 50.0, -60.0, 1e3, -1e3])
