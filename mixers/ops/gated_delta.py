@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import torch
 
-from .chunks import borders, compute_dtype, initial_state, join, real_segments, scan, split
+from .chunks import Borders, compute_dtype, initial_state, real_segments
+from .decays import Decays, scalar_decays
 from .op import Op
+from .segmented import Kernel, Parts, Tensors, segmented
 
 CHUNK = 32
 
@@ -79,49 +81,105 @@ def chunked(
 
     With G the cumulated log-decay of a chunk and S its incoming state, the values u that are written solve
         (I + A) U = beta V - beta e^G K S,    A_ij = beta_i (k_i . k_j) e^(G_i - G_j), j < i
-    and U = U0 - W S is linear in S, hence so are the outputs and the outgoing state: what does not depend on S is
-    computed for all chunks at once. Arguments and results as `recurrent`.
+    and then O = P U + e^G Q S with P as A but for q in the place of beta k, and j <= i; S' = e^(G_C) S +
+    (e^(G_C - G) K)^T U. Arguments and results as `recurrent`.
     """
-    batch, length, heads, dk = k.shape
-    dv = v.shape[-1]
+    batch, _, heads, dk = k.shape
     dtype = compute_dtype(v.dtype)
     with torch.autocast(v.device.type, enabled=False):
-        S = initial_state(state, batch, heads, dk, dv, v, dtype)
-        *masked, g = _masked(q, k, v, beta, g, padding, dtype)
-        q_, k_, v_, beta_ = (split(x, chunk, dtype) for x in masked)
-        G = torch.zeros_like(beta_) if g is None else split(g, chunk, dtype).cumsum(-1)
-        hidden = torch.ones(chunk, chunk, dtype=torch.bool, device=v.device).triu(1)
-        inflow = G.exp()[..., None]
-        outflow = (G[:, -1:] - G).exp()[..., None]
-        carry = inflow[:, -1:]
-        gaps = G[:, :, None] - G[:, None, :]
-        real = real_segments(segments, padding)
-        if real is None:
-            gaps = gaps.masked_fill(hidden, float("-inf"))
-        else:
-            border = borders(real, chunk, dtype)
-            view = (-1, batch, heads)
-            gaps = gaps.unflatten(0, view).masked_fill(hidden | ~border.pairs, float("-inf")).flatten(0, 2)
-            inflow = (inflow.unflatten(0, view) * border.sees).flatten(0, 2)
-            outflow = (outflow.unflatten(0, view) * border.leaves).flatten(0, 2)
-            carry = (carry.unflatten(0, view) * border.carries).flatten(0, 2)
-        beta_ = beta_[..., None]
-        kb = k_ * beta_
-        scores = torch.bmm(torch.cat([kb, q_], 1), k_.mT).unflatten(1, (2, chunk)) * gaps.exp()[:, None]
-        A, P = scores.unbind(1)
-        # The solver reads A strictly below the diagonal and takes ones on it.
-        rhs = torch.cat([v_ * beta_, kb * inflow], -1)
-        U = torch.linalg.solve_triangular(A, rhs, upper=False, unitriangular=True)
-        written, removed = torch.bmm((k_ * outflow).mT, U).split([dv, dk], -1)
-        transition = carry * torch.eye(dk, dtype=dtype, device=v.device) - removed
-        before, S = scan(
-            transition.unflatten(0, (-1, batch * heads)),
-            written.unflatten(0, (-1, batch * heads)),
-            S.flatten(0, 1),
-        )
-        direct, corrected = torch.bmm(P, U).split([dv, dk], -1)
-        out = torch.baddbmm(direct, q_ * inflow - corrected, before)
-        return join(out, batch, length, heads).to(v.dtype), S.unflatten(0, (batch, heads))
+        S = initial_state(state, batch, heads, dk, v.shape[-1], v, dtype)
+        if padding is not None:
+            q, k, v, beta, g = _masked(q, k, v, beta, g, padding, dtype)
+        out, (S,) = segmented(_KERNEL, (q, k, v, g, beta), (S,), chunk, real_segments(segments, padding))
+        return out.to(v.dtype), S
+
+
+def _prepare(parts: Parts, border: Borders | None) -> tuple[torch.Tensor, torch.Tensor, Decays | None]:
+    """Keys, times their strengths, above queries, (M, 2C, dk); the same with the decay of what they read in the
+    incoming state; the decays, if any."""
+    q, k, _, g, beta = parts
+    rows = torch.cat([k * beta.unsqueeze(-1), q], 1)
+    if g is None and border is None:
+        return rows, rows, None
+    decays = scalar_decays(torch.zeros_like(beta) if g is None else g, k, border)
+    return rows, (rows.unflatten(1, (2, -1)) * decays.inflow.unsqueeze(1)).flatten(1, 2), decays
+
+
+def _forward(parts: Parts, states: Tensors, border: Borders | None) -> tuple[torch.Tensor, Tensors, Tensors]:
+    _, k, v, _, beta = parts
+    (S,) = states
+    chunk, heads = k.shape[1], len(S)
+    rows, left, decays = _prepare(parts, border)
+    scores = torch.bmm(rows, k.mT).unflatten(1, (2, chunk))
+    A, P = (scores.tril_() if decays is None else scores.mul_(decays.pairs.unsqueeze(1))).unbind(1)
+    eye = torch.eye(chunk, device=k.device, dtype=k.dtype).expand_as(A)
+    # The solver reads A strictly below the diagonal and takes ones on it.
+    inverse = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)
+    values = v * beta.unsqueeze(-1)
+    sent = k if decays is None else k * decays.outflow
+    written, before = [], []
+    for n in range(0, len(k), heads):
+        here = slice(n, n + heads)
+        before.append(S)
+        written.append(torch.bmm(inverse[here], torch.baddbmm(values[here], left[here, :chunk], S, alpha=-1)))
+        S = torch.baddbmm(S if decays is None else S * decays.carry[here], sent[here].mT, written[-1])
+    U, past = torch.cat(written), torch.cat(before)
+    return torch.bmm(P, U).baddbmm_(left[:, chunk:], past), (S,), (inverse, U, past)
+
+
+def _backward(
+    parts: Parts, kept: Tensors, border: Borders | None, grad: torch.Tensor, flows: Tensors, needs: tuple[bool, ...]
+) -> tuple[Parts, Tensors]:
+    q, k, v, _, beta = parts
+    inverse, U, before = kept
+    (flow,) = flows
+    chunk, heads = k.shape[1], len(flow)
+    rows, left, decays = _prepare(parts, border)
+    P = torch.bmm(q, k.mT)
+    P = P.tril_() if decays is None else P.mul_(decays.pairs)
+    sent = k if decays is None else k * decays.outflow
+    # Gradients of the values written, and of what every row reads: with a minus for the keys, which take it away.
+    asked, pulled = torch.bmm(left[:, chunk:].mT, grad), torch.bmm(P.mT, grad)
+    reads, after = [], []
+    for n in range(len(k) - heads, -1, -heads):
+        here = slice(n, n + heads)
+        after.append(flow)
+        reads.append(torch.bmm(inverse[here].mT, pulled[here].baddbmm_(sent[here], flow)).neg_())
+        flow = asked[here] if decays is None else torch.addcmul(asked[here], flow, decays.carry[here])
+        flow = torch.baddbmm(flow + after[-1] if decays is None else flow, left[here, :chunk].mT, reads[-1])
+    dR, after = torch.cat(reads[::-1]), torch.cat(after[::-1])
+    both = torch.cat([dR, grad], 1)
+    drows, dk = torch.bmm(both, before.mT), torch.bmm(U, after.mT)
+    shares = torch.bmm(both, U.mT).unflatten(1, (2, chunk))
+    own = shares[:, 1].diagonal(dim1=1, dim2=2).unsqueeze(-1).clone()
+    shares.tril_(-1)
+    held = None
+    if decays is not None:
+        shares.mul_(decays.pairs.unsqueeze(1))
+        drows.unflatten(1, (2, chunk)).mul_(decays.inflow.unsqueeze(1))
+        dk.mul_(decays.outflow)
+        if needs[3]:
+            held = (before * after).sum((1, 2)) * decays.carry.flatten() + (k * dk)[:, :-1].sum((1, 2))
+    shares = shares.flatten(1, 2)
+    drows.baddbmm_(shares, k)
+    dk.baddbmm_(shares.mT, rows)
+    dkey, dq = drows.split(chunk, 1)
+    strength = (dkey * k).sum(-1)
+    dg = None
+    if held is not None:
+        # A decay's gradient is the sum, over all products that it enters, of value times gradient. What has no decay,
+        # a query with its own key and what the last token hands on, stays out: it would only leave rounding errors.
+        dG = (dq * q).sum(-1).add_(strength * beta)
+        dG[:, :-1] -= (dk * k)[:, :-1].sum(-1)
+        dG[:, -1] += held
+        dg = dG.flip(1).cumsum(1).flip(1)
+    dbeta = strength.sub_((dR * v).sum(-1))
+    beta = beta.unsqueeze(-1)
+    dq, dk = torch.addcmul(dq, own, k), dk.addcmul_(own, q).addcmul_(dkey, beta)
+    return (dq, dk, dR * -beta, dg, dbeta), (flow,)
+
+
+_KERNEL = Kernel(_forward, _backward)
 
 
 def step(
