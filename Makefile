@@ -1,5 +1,6 @@
 # make quickstart   install and convert the embedded teacher: the whole main job, about 4 minutes on 2 cores
 # make test         install with the development tools and run the tests
+# make test-kernels in an environment of its own: other projects' fused kernels against ours, on the CPU
 # make lint         format check, lint and types
 # make install      the virtual environment alone
 #
@@ -8,13 +9,14 @@
 PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+KERNELS ?= $(VENV)-kernels
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-slow lint format clean
+.PHONY: help install install-dev quickstart test test-slow test-kernels lint format clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 6
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 7
 
 # The stamps make a second `make` start at once; a change of the pins or of the dependencies installs again.
 install: $(VENV)/.installed
@@ -41,6 +43,21 @@ test: install install-dev
 test-slow: install install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow and not gpu" $(ARGS)
 
+# fla and Triton on a machine without a GPU break stock models, so they never share an environment with the others.
+# mamba-ssm comes without its CUDA code; where its source cannot be had, its tests are skipped with that reason.
+$(KERNELS)/.installed: pyproject.toml constraints-kernels.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed. Name yours: make $(MAKECMDGOALS) PYTHON=python3" >&2; exit 3; }
+	$(PYTHON) -m venv $(KERNELS)
+	$(KERNELS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-kernels.txt \
+		-e '.[gpu]' triton einops pytest pytest-xdist setuptools wheel packaging ninja
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(KERNELS)/bin/python -m pip install --quiet \
+		--disable-pip-version-check -c constraints-kernels.txt --no-build-isolation --no-deps mamba-ssm \
+		|| echo "mamba-ssm could not be installed: its tests will be skipped" >&2
+	@touch $@
+
+test-kernels: $(KERNELS)/.installed
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(KERNELS)/bin/python -m pytest -n 2 -m kernels -rs tests/kernels $(ARGS)
+
 lint: install install-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -51,4 +68,4 @@ format: install install-dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(KERNELS) build dist *.egg-info .pytest_cache .ruff_cache
