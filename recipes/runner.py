@@ -331,6 +331,8 @@ def _transfer(session: Session, start: Path | None) -> None:
     session.progress.note(
         "transfer: " + ", ".join(f"{number:,} parameters {kind}" for kind, number in counts.items() if number)
     )
+    for note in dict.fromkeys(note for entry in reports.values() for note in entry.notes):
+        session.progress.note(note)
     if start is None:
         _measure_assembled(session, "transfer")
 

@@ -84,7 +84,7 @@ def _mixers() -> list[dict[str, Any]]:
 
 
 def _families() -> list[dict[str, Any]]:
-    return [{"name": family.name, "transformers": f"{family.prefix}ForCausalLM"} for family in FAMILIES.values()]
+    return [{"name": family.name, "transformers": family.lm_class} for family in FAMILIES.values()]
 
 
 def _recipes() -> list[dict[str, Any]]:

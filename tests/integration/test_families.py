@@ -33,7 +33,7 @@ from relinear.distill.teacher import Teacher, load_model, load_teacher
 from relinear.mixers.base import MixerInputs
 
 MIXER = "gated_deltanet"
-SOME = [0, 2]
+SOME = [2, 3]  # of two kinds in every family that has two
 SETTINGS = StageSettings(tokens=160, batch=4, seq_len=24, lr=1e-2, warmup=1, log_every=1)
 
 
@@ -61,7 +61,7 @@ def moved(teacher: Teacher, layers: list[int]) -> Any:
 
 @pytest.fixture(scope="module")
 def student(teacher: Teacher) -> Any:
-    """Layers 0 and 2 converted: not to be changed."""
+    """Layers 2 and 3 converted: not to be changed."""
     return moved(teacher, SOME)
 
 
@@ -165,7 +165,7 @@ def test_converting_nothing_is_exact(teacher: Teacher) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layers", [SOME, [1, 2, 3], [0, 1, 2, 3]], ids=["some", "upper", "all"])
+@pytest.mark.parametrize("layers", [SOME, [0, 1], [0, 1, 2, 3]], ids=["upper", "lower", "all"])
 def test_cache_padding_and_packing(teacher: Teacher, layers: list[int]) -> None:
     model = moved(teacher, layers)
     tokens = ids()
