@@ -12,10 +12,14 @@ chunk of 64 stays below e^39 = 1e17 in fp32. Chunks beyond 64 are refused.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from .chunks import borders, compute_dtype, initial_state, join, real_segments, scan, split
+from .chunks import Borders, compute_dtype, initial_state, real_segments
+from .decays import ChannelDecays, channel_decays
 from .op import Op
+from .segmented import Kernel, Parts, Tensors, segmented
 
 CHUNK = 32
 MAX_CHUNK = 64
@@ -82,58 +86,123 @@ def chunked(
 
     With G the cumulated log-decay of a chunk (inclusive), E = G - w (exclusive) and S the incoming state, the removed
     values y_t = kappa_t^T S_{t-1} solve
-        (I + A_kb) Y = (kappa e^E) S + A_kk V,    A_kb = kappa_i . (a kappa)_j e^(E_i - G_j), A_kk with k, j < i
-    and Y = Y0 + W S is linear in S, hence so are the outputs and the outgoing state: what does not depend on S is
-    computed for all chunks at once. Arguments and results as `recurrent`.
+        (I + A_b) Y = (kappa e^E) S + A_k V,    A_b = kappa_i . (a kappa)_j e^(E_i - G_j), A_k with k_j, j < i
+    and then O = P_k V - P_b Y + (r e^G) S with P as A but for r e^G in the place of kappa e^E, and j <= i;
+    S' = e^(G_C) S + (k e^(G_C - G))^T V - (a kappa e^(G_C - G))^T Y. Arguments and results as `recurrent`.
 
     Raises:
         ValueError: `chunk` above 64.
     """
     if chunk > MAX_CHUNK:
         raise ValueError(f"chunk={chunk}: the chunked form of RWKV-7 is safe in fp32 up to {MAX_CHUNK}")
-    batch, length, heads, dk = k.shape
-    dv = v.shape[-1]
+    batch, _, heads, dk = k.shape
     dtype = compute_dtype(v.dtype)
     with torch.autocast(v.device.type, enabled=False):
-        S = initial_state(state, batch, heads, dk, dv, v, dtype)
-        masked = _masked(r, w, k, v, kappa, a, padding, dtype)
-        r_, w_, k_, v_, kappa_, a_ = (split(x, chunk, dtype) for x in masked)
-        G = w_.cumsum(1)
-        middle = G[:, chunk // 2, None]
-        left = torch.cat([kappa_ * (G - w_ - middle).exp(), r_ * (G - middle).exp()], 1)
-        right = torch.cat([kappa_ * a_, k_], 1) * (middle - G).exp().repeat(1, 2, 1)
-        scores = torch.bmm(left, right.mT)
-        inflow = left * middle.exp()
-        outflow = right * (G[:, -1:] - middle).exp()
-        carry = G[:, -1].exp()
-        # kappa sees what came before its token, r sees its own token too.
-        ones = torch.ones(chunk, chunk, dtype=torch.bool, device=v.device)
-        hidden = torch.cat([ones.triu(0), ones.triu(1)]).repeat(1, 2)
-        real = real_segments(segments, padding)
-        if real is None:
-            scores = scores.masked_fill(hidden, 0.0)
-        else:
-            border = borders(real, chunk, dtype)
-            view = (-1, batch, heads)
-            pairs = border.pairs.repeat(1, 1, 1, 2, 2)
-            scores = scores.unflatten(0, view).masked_fill(hidden | ~pairs, 0.0).flatten(0, 2)
-            inflow = (inflow.unflatten(0, view) * border.sees.repeat(1, 1, 1, 2, 1)).flatten(0, 2)
-            outflow = (outflow.unflatten(0, view) * border.leaves.repeat(1, 1, 1, 2, 1)).flatten(0, 2)
-            carry = (carry.unflatten(0, view) * border.carries[..., 0]).flatten(0, 2)
-        A_k, A_r = scores.split(chunk, 1)
-        rhs = torch.cat([torch.bmm(A_k[:, :, chunk:], v_), inflow[:, :chunk]], -1)
-        Y = torch.linalg.solve_triangular(A_k[:, :, :chunk], rhs, upper=False, unitriangular=True)
-        removed, forgotten = torch.bmm(outflow[:, :chunk].mT, Y).split([dv, dk], -1)
-        written = torch.baddbmm(-removed, outflow[:, chunk:].mT, v_)
-        before, S = scan(
-            (torch.diag_embed(carry) - forgotten).unflatten(0, (-1, batch * heads)),
-            written.unflatten(0, (-1, batch * heads)),
-            S.flatten(0, 1),
-        )
-        direct, corrected = torch.bmm(A_r[:, :, :chunk], Y).split([dv, dk], -1)
-        out = torch.baddbmm(-direct, A_r[:, :, chunk:], v_)
-        out = torch.baddbmm(out, inflow[:, chunk:] - corrected, before)
-        return join(out, batch, length, heads).to(v.dtype), S.unflatten(0, (batch, heads))
+        S = initial_state(state, batch, heads, dk, v.shape[-1], v, dtype)
+        if padding is not None:
+            r, w, k, v, kappa, a = _masked(r, w, k, v, kappa, a, padding, dtype)
+        out, (S,) = segmented(_KERNEL, (r, w, k, v, kappa, a), (S,), chunk, real_segments(segments, padding))
+        return out.to(v.dtype), S
+
+
+class _Work(NamedTuple):
+    """What both directions need of M chunks.
+
+    Attributes:
+        decays: per channel.
+        shifted: (M, C, dk), `decays.left` of the token before: what kappa reads has not met its own token's decay.
+        left: (M, 2C, dk) kappa above r, what reads. right: (M, 2C, dk) a kappa above k, what is written.
+        mask: (2C, 2C) or (M, 2C, 2C), 1 where a row of `left` sees one of `right`.
+        scores: (M, 2C, 2C) their products.
+    """
+
+    decays: ChannelDecays
+    shifted: torch.Tensor
+    left: torch.Tensor
+    right: torch.Tensor
+    mask: torch.Tensor
+    scores: torch.Tensor
+
+
+def _prepare(parts: Parts, border: Borders | None) -> _Work:
+    r, w, k, _, kappa, a = parts
+    chunk = k.shape[1]
+    decays = channel_decays(w, border)
+    shifted = torch.cat([decays.left[:, :1] * (-w[:, :1]).exp(), decays.left[:, :-1]], 1)
+    left = torch.cat([kappa * shifted, r * decays.left], 1)
+    right = torch.cat([kappa * a * decays.right, k * decays.right], 1)
+    lower = torch.ones(chunk, chunk, device=k.device, dtype=k.dtype).tril()
+    mask = torch.cat([lower.tril(-1), lower]).repeat(1, 2)
+    if border is not None:
+        mask = mask * border.pairs.repeat(1, 2, 2)
+    return _Work(decays, shifted, left, right, mask, torch.bmm(left, right.mT).mul_(mask))
+
+
+def _twice(x: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
+    """(M, 2C, d) times a decay (M, 1 or C, d)."""
+    return (x.unflatten(1, (2, -1)) * decay.unsqueeze(1)).flatten(1, 2)
+
+
+def _forward(parts: Parts, states: Tensors, border: Borders | None) -> tuple[torch.Tensor, Tensors, Tensors]:
+    _, _, k, v, _, _ = parts
+    (S,) = states
+    chunk, heads = k.shape[1], len(S)
+    work = _prepare(parts, border)
+    A, P = work.scores.split(chunk, 1)
+    eye = torch.eye(chunk, device=k.device, dtype=k.dtype).expand(len(k), -1, -1)
+    # The solver reads A strictly below the diagonal and takes ones on it.
+    inverse = torch.linalg.solve_triangular(A[:, :, :chunk], eye, upper=False, unitriangular=True).neg_()
+    reads, sent = _twice(work.left, work.decays.inflow), _twice(work.right, work.decays.outflow)
+    direct, added = torch.bmm(A[:, :, chunk:], v), torch.bmm(sent[:, chunk:].mT, v)
+    removed, before = [], []
+    for n in range(0, len(k), heads):
+        here = slice(n, n + heads)
+        before.append(S)
+        removed.append(torch.bmm(inverse[here], direct[here].baddbmm_(reads[here, :chunk], S)))
+        S = torch.addcmul(added[here], S, work.decays.carry[here]).baddbmm_(sent[here, :chunk].mT, removed[-1])
+    minus_Y, past = torch.cat(removed), torch.cat(before)
+    out = torch.bmm(P, torch.cat([minus_Y, v], 1)).baddbmm_(reads[:, chunk:], past)
+    return out, (S,), (inverse, minus_Y, past)
+
+
+def _backward(
+    parts: Parts, kept: Tensors, border: Borders | None, grad: torch.Tensor, flows: Tensors, needs: tuple[bool, ...]
+) -> tuple[Parts, Tensors]:
+    _, _, k, v, kappa, a = parts
+    inverse, minus_Y, before = kept
+    (flow,) = flows
+    chunk, heads = k.shape[1], len(flow)
+    work = _prepare(parts, border)
+    decays, left, right = work.decays, work.left, work.right
+    A, P = work.scores.split(chunk, 1)
+    reads, sent = _twice(left, decays.inflow), _twice(right, decays.outflow)
+    pulled, asked = torch.bmm(P.mT, grad), torch.bmm(reads[:, chunk:].mT, grad)
+    removals, after = [], []
+    for n in range(len(k) - heads, -1, -heads):
+        here = slice(n, n + heads)
+        after.append(flow)
+        removals.append(torch.bmm(inverse[here].mT, torch.baddbmm(pulled[here, :chunk], sent[here, :chunk], flow)))
+        flow = torch.addcmul(asked[here], flow, decays.carry[here]).baddbmm_(reads[here, :chunk].mT, removals[-1])
+    dX, after = torch.cat(removals[::-1]), torch.cat(after[::-1])
+    both, values = torch.cat([dX, grad], 1), torch.cat([minus_Y, v], 1)
+    dv = torch.baddbmm(pulled[:, chunk:], sent[:, chunk:], after).baddbmm_(A[:, :, chunk:].mT, dX)
+    shares = torch.bmm(both, values.mT).mul_(work.mask)
+    dleft = _twice(torch.bmm(both, before.mT), decays.inflow).baddbmm_(shares, right)
+    dright = _twice(torch.bmm(values, after.mT), decays.outflow)
+    # A decay's gradient is the sum, over all products that it enters, of value times gradient.
+    held = (before * after).sum(-1) * decays.carry[..., 0] + (dright * right).sum(1)
+    dright.baddbmm_(shares.mT, left)
+    gains, losses = (left * dleft).split(chunk, 1), (right * dright).split(chunk, 1)
+    dG = gains[1] - losses[0] - losses[1]
+    dG[:, :-1] += gains[0][:, 1:]
+    dG[:, -1] += held
+    dkappa, dr = dleft.split(chunk, 1)
+    db, dk = _twice(dright, decays.right).split(chunk, 1)
+    dkappa = torch.addcmul(dkappa * work.shifted, db, a)
+    return (dr * decays.left, dG.flip(1).cumsum(1).flip(1), dk, dv, dkappa, db * kappa), (flow,)
+
+
+_KERNEL = Kernel(_forward, _backward)
 
 
 def step(
