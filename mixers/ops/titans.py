@@ -19,10 +19,15 @@ theta < (2 - alpha) (1 + eta).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from .chunks import borders, compute_dtype, initial_state, join, real_segments, scan, split
+from .chunks import Borders, compute_dtype, initial_state, real_segments
+from .decays import bounded_exp, seen
+from .delta import Factors, delta_backward, delta_forward
 from .op import Op
+from .segmented import Kernel, Parts, Tensors, segmented
 
 CHUNK = 32
 
@@ -94,34 +99,154 @@ def chunked(
         (I + L) U = theta (V - A(t-1, 0) K M - e(t-1) K S),    L_ts = theta_t c(t-1, s) (k_t . k_s), s < t
     and are linear in M and S. Arguments and results as `recurrent`.
     """
-    batch, length, heads, dk = k.shape
-    dv = v.shape[-1]
     dtype = compute_dtype(v.dtype)
     with torch.autocast(v.device.type, enabled=False):
-        M, S = _initial(state, k, v, dtype)
-        q_, k_, v_ = (split(x, chunk, dtype) for x in (q, k, v))
-        weights = _weights(theta, eta, alpha, padding, segments, chunk, dtype)
-        rate, before, found_M, found_S, within, inflow_M, inflow_S, last, whole = weights
-        scores = torch.bmm(torch.cat([k_, q_], 1), k_.mT).unflatten(1, (2, chunk))
-        # The solver reads below the diagonal and takes ones on it.
-        rhs = torch.cat([v_, k_ * found_M, k_ * found_S], -1) * rate
-        U = torch.linalg.solve_triangular(scores[:, 0] * before * rate, rhs, upper=False, unitriangular=True)
-        sent = (k_[:, :, None] * last).flatten(2)  # (X, C, 2 dk)
-        written, removed = torch.bmm(sent.mT, U).split([dv, 2 * dk], -1)
-        eye = torch.eye(dk, dtype=dtype, device=v.device)
-        kept = (whole[:, :, None, :, None] * eye[:, None]).flatten(3).flatten(1, 2)
-        states, final = scan(
-            (kept - removed).unflatten(0, (-1, batch * heads)),
-            written.unflatten(0, (-1, batch * heads)),
-            torch.cat([M, S], 2).flatten(0, 1),
-        )
-        direct, corrected = torch.bmm(scores[:, 1] * within, U).split([dv, 2 * dk], -1)
-        out = torch.baddbmm(direct, torch.cat([q_ * inflow_M, q_ * inflow_S], -1) - corrected, states)
-        out = join(out, batch, length, heads)
+        both = torch.cat(_initial(state, k, v, dtype), 2)
+        here = None if padding is None else padding[..., None].expand(theta.shape).to(dtype)
+        inputs = (q, k, theta, eta, alpha, here, v)
+        out, (last,) = segmented(_KERNEL, inputs, (both,), chunk, real_segments(segments, padding))
         if padding is not None:
             out = out.masked_fill(~padding[..., None, None], 0.0)
-        M, S = final.unflatten(0, (batch, heads)).split(dk, 2)
+        M, S = last.chunk(2, 2)
         return out.to(v.dtype), (M, S)
+
+
+class _Weights(NamedTuple):
+    """With what weight everything in M chunks reaches everything else.
+
+    Attributes:
+        here: (M, C), 1 at real tokens; None where all are.
+        A, E: (M, C, C) products of 1 - alpha and of eta over the tokens after s up to t.
+        A0, E0: (M, C) the same from the start of the chunk, 0 where the incoming state is another document's.
+        c: (M, C, C), from a write to M. e: (M, C), from the incoming S to M.
+    """
+
+    here: torch.Tensor | None
+    A: torch.Tensor
+    E: torch.Tensor
+    A0: torch.Tensor
+    E0: torch.Tensor
+    c: torch.Tensor
+    e: torch.Tensor
+
+
+def _weights(eta: torch.Tensor, alpha: torch.Tensor, here: torch.Tensor | None, border: Borders | None) -> _Weights:
+    forget, momentum = torch.log1p(-_bounded(alpha)), _bounded(eta).log_()
+    if here is not None:
+        forget, momentum = forget * here, momentum * here
+    A, E = (seen(bounded_exp(_gaps(x)).tril_(), border) for x in (forget, momentum))
+    A0, E0 = (bounded_exp(x.cumsum(-1)) for x in (forget, momentum))
+    if border is not None:
+        A0, E0 = (x.mul_(border.sees[..., 0]) for x in (A0, E0))
+    A_ = A if here is None else A * here[:, None]
+    return _Weights(here, A, E, A0, E0, torch.bmm(A_, E), torch.bmm(A_, E0[..., None])[..., 0])
+
+
+def _factors(parts: Parts, w: _Weights, border: Borders | None) -> tuple[Factors, Tensors]:
+    """Factors of the delta rule for the states M above S; and what the backward needs of how they came about."""
+    q, k, theta, _, _, _, v = parts
+    kk, qk = torch.bmm(torch.cat([k, q], 1), k.mT).chunk(2, 1)
+    before, found, found_S = (_earlier(x) for x in (w.c, w.A0, w.e))
+    found[:, 0] = 1.0
+    if border is not None:
+        before, found, found_S = before * border.pairs, found * border.sees[..., 0], found_S * border.sees[..., 0]
+    rate = theta if w.here is None else theta * w.here
+    whole = torch.stack([w.A0[:, -1], w.e[:, -1], torch.zeros_like(w.e[:, -1]), w.E0[:, -1]], -1)
+    factors = Factors(
+        a=before * kk,
+        beta=rate[..., None],
+        P=w.c * qk,
+        V=v,
+        Kin=torch.cat([k * found[..., None], k * found_S[..., None]], -1),
+        Qin=torch.cat([q * w.A0[..., None], q * w.e[..., None]], -1),
+        Kout=torch.cat([k * w.c[:, -1, :, None], k * w.E[:, -1, :, None]], -1),
+        carry=whole.unflatten(-1, (2, 2)),
+    )
+    return factors, (kk, qk, before, found, found_S)
+
+
+def _forward(parts: Parts, states: Tensors, border: Borders | None) -> tuple[torch.Tensor, Tensors, Tensors]:
+    _, _, _, eta, alpha, here, _ = parts
+    factors, _ = _factors(parts, _weights(eta, alpha, here, border), border)
+    out, last, *kept = delta_forward(factors, states[0])
+    return out, (last,), tuple(kept)
+
+
+def _backward(
+    parts: Parts, kept: Tensors, border: Borders | None, grad: torch.Tensor, flows: Tensors, needs: tuple[bool, ...]
+) -> tuple[Parts, Tensors]:
+    q, k, _, eta, alpha, here, _ = parts
+    T, before = kept
+    w = _weights(eta, alpha, here, border)
+    factors, (kk, qk, earlier, found, found_S) = _factors(parts, w, border)
+    g, flow, _ = delta_backward(factors, T, before, grad, flows[0])
+    (Kin, Kin_S), (Qin, Qin_S), (Kout, Kout_S) = (x.chunk(2, -1) for x in (g.Kin, g.Qin, g.Kout))
+    # Of the weights: where they stand in a and P, in what reads the incoming state, in what is handed on.
+    dc = (g.P * qk).tril_()
+    da = (g.a * kk).tril_(-1) if border is None else (g.a * kk).tril_(-1).mul_(border.pairs)
+    dc[:, :-1] += da[:, 1:]
+    dc[:, -1] += (k * Kout).sum(-1)
+    of_found, of_found_S = (k * Kin).sum(-1), (k * Kin_S).sum(-1)
+    if border is not None:
+        of_found, of_found_S = of_found * border.sees[..., 0], of_found_S * border.sees[..., 0]
+    dA0, de = (q * Qin).sum(-1), (q * Qin_S).sum(-1)
+    dA0[:, :-1] += of_found[:, 1:]
+    de[:, :-1] += of_found_S[:, 1:]
+    (M, S), (dM, dS) = (x.unflatten(1, (2, -1)).unbind(1) for x in (before, g.carry))
+    dA0[:, -1] += (M * dM).sum((1, 2))
+    de[:, -1] += (S * dM).sum((1, 2))
+    dE0_last, dE_last = (S * dS).sum((1, 2)), (k * Kout_S).sum(-1)
+    d_eta, d_alpha = _gate_gradients(w, dc, dA0, de, dE0_last, dE_last, border)
+    d_kk, d_qk = g.a.mul_(earlier), g.P.mul_(w.c)
+    dq = torch.bmm(d_qk, k).addcmul_(Qin, w.A0[..., None]).addcmul_(Qin_S, w.e[..., None])
+    dk = torch.bmm(d_kk + d_kk.mT, k).baddbmm_(d_qk.mT, q)
+    for part, weight in ((Kin, found), (Kin_S, found_S), (Kout, w.c[:, -1]), (Kout_S, w.E[:, -1])):
+        dk.addcmul_(part, weight[..., None])
+    rate = g.beta[..., 0] if here is None else g.beta[..., 0] * here
+    d_eta, d_alpha = d_eta / _bounded(eta), -d_alpha / (1 - _bounded(alpha))
+    return (dq, dk, rate, d_eta, d_alpha, None, g.V), (flow,)
+
+
+def _gate_gradients(
+    w: _Weights,
+    dc: torch.Tensor,
+    dA0: torch.Tensor,
+    de: torch.Tensor,
+    dE0_last: torch.Tensor,
+    dE_last: torch.Tensor,
+    border: Borders | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of log eta and log (1 - alpha), (M, C), from those of c, A0, e and of the last rows of E0 and E."""
+    dA = torch.bmm(dc, w.E.mT).baddbmm_(de[..., None], w.E0[:, None])
+    A = w.A if w.here is None else w.A * w.here[:, None]
+    dA.mul_(A)
+    dE = torch.bmm(A.mT, dc)
+    dE[:, -1] += dE_last
+    dE0 = torch.bmm(A.mT, de[..., None])[..., 0]
+    dE0[:, -1] += dE0_last
+    dA0, dE0, dE = dA0.mul_(w.A0), dE0.mul_(w.E0), dE.mul_(w.E)
+    found = []
+    for pairs, start in ((dE, dE0), (dA, dA0)):
+        ones = torch.ones_like(pairs[0])
+        # A token's gate is in every product that spans it.
+        spans = torch.matmul(pairs, ones.triu(1)).tril_().sum(1)
+        found.append(spans + torch.matmul(start, ones.tril()))
+    d_eta, d_alpha = found
+    return (d_eta, d_alpha) if w.here is None else (d_eta * w.here, d_alpha * w.here)
+
+
+def _bounded(gate: torch.Tensor) -> torch.Tensor:
+    """A copy without exact 0 and 1, where a sigmoid has saturated: moved by less than fp32 resolves beside 1."""
+    limits = torch.finfo(gate.dtype)
+    return gate.clamp(limits.tiny, 1 - limits.eps / 2)
+
+
+def _earlier(x: torch.Tensor) -> torch.Tensor:
+    """(M, C, ...) one token later, with 0 at the first."""
+    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
+
+
+_KERNEL = Kernel(_forward, _backward)
 
 
 def step(
@@ -154,50 +279,6 @@ def step(
         M.mul_(forget.neg_().add_(1)).add_(S)
         torch.bmm(q_, M, out=row)
         return out.to(v.dtype)
-
-
-def _weights(
-    theta: torch.Tensor,
-    eta: torch.Tensor,
-    alpha: torch.Tensor,
-    padding: torch.Tensor | None,
-    segments: torch.Tensor | None,
-    chunk: int,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, ...]:
-    """With what weight everything in a chunk reaches everything else.
-
-    Returns:
-        theta (X, C, 1); c(t-1, s) (X, C, C); what a token finds of the incoming M and S, (X, C, 1) each; c(t, s)
-        (X, C, C); with what M and S reach its output, (X, C, 1) each; with what a token reaches the outgoing M and S,
-        (X, C, 2, 1); and with what the incoming (M, S) reach the outgoing (M, S), (X, 2, 2).
-    """
-    heads = theta.shape[2]
-    here = torch.ones_like(theta, dtype=dtype) if padding is None else padding[..., None].expand_as(theta).to(dtype)
-    # Gates of exactly 0 or 1, where a sigmoid has saturated, are moved by less than fp32 resolves beside 1.
-    forget = torch.log1p(-alpha.to(dtype).clamp(max=1 - torch.finfo(dtype).eps / 2)) * here
-    momentum = eta.to(dtype).clamp(min=torch.finfo(dtype).tiny).log() * here
-    rate, forget, momentum, here = (split(x, chunk, dtype) for x in (theta.to(dtype) * here, forget, momentum, here))
-    hidden = torch.ones(chunk, chunk, dtype=torch.bool, device=theta.device).triu(1)
-    real = real_segments(segments, padding)
-    sees = torch.ones_like(rate)
-    if real is not None:
-        border = borders(real, chunk, dtype)
-        hidden = (hidden | ~border.pairs).expand(-1, -1, heads, -1, -1).flatten(0, 2)
-        sees = border.sees[..., 0].expand(-1, -1, heads, -1).flatten(0, 2)
-    A, E = (_gaps(x).masked_fill(hidden, float("-inf")).exp() for x in (forget, momentum))
-    A0, E0 = (x.cumsum(-1).exp() * sees for x in (forget, momentum))
-    A_ = A * here[:, None]
-    within, inflow_S = torch.bmm(A_, torch.cat([E, E0[..., None]], -1)).split([chunk, 1], -1)
-    # One token earlier: nothing of the chunk is written yet, M is as it came in.
-    before = torch.cat([torch.zeros_like(within[:, :1]), within[:, :-1]], 1).masked_fill(hidden, 0.0)
-    found_M = torch.cat([torch.ones_like(A0[:, :1]), A0[:, :-1]], 1) * sees
-    found_S = torch.cat([torch.zeros_like(A0[:, :1]), inflow_S[:, :-1, 0]], 1) * sees
-    last = torch.stack([within[:, -1], E[:, -1]], -1)[..., None]
-    none = torch.zeros_like(A0[:, -1])
-    whole = torch.stack([A0[:, -1], inflow_S[:, -1, 0], none, E0[:, -1]], -1).unflatten(-1, (2, 2))
-    columns = (x[..., None] for x in (found_M, found_S))
-    return rate[..., None], before, *columns, within, A0[..., None], inflow_S, last, whole
 
 
 def _gaps(x: torch.Tensor) -> torch.Tensor:
