@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 import os
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
 from .. import __version__
 from ..distill.errors import MachineError, RunFailed, UserError
+from ..mixers.errors import KernelMissing, KernelRefused
 from .commands import bench, doctor, look, model, work
 from .commands.common import examples
 from .output import talk
@@ -65,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     show = "--traceback" in arguments[:1]
     try:
         # typer returns an exit code where a command ends early, and 130 for Ctrl-C; a finished command returns None.
-        code = app(args=arguments, prog_name="relinear", standalone_mode=False) or OK
+        with _choices_shown():
+            code = app(args=arguments, prog_name="relinear", standalone_mode=False) or OK
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of stdout left, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -77,13 +82,32 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
+class _Talk(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        talk(f"kernels: {record.getMessage()}")
+
+
+@contextlib.contextmanager
+def _choices_shown() -> Iterator[None]:
+    """Whose kernels run, and why, is said by the module that chooses: once for each recurrence."""
+    logger, handler = logging.getLogger("relinear.mixers.kernels"), _Talk()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
 def _explain(error: Exception, show_traceback: bool) -> int:
     """Say what went wrong in one message and return the exit code."""
     if show_traceback:
         traceback.print_exception(error)
     if isinstance(error, typer.TyperException):
         return _usage(error)
-    if isinstance(error, (UserError, MachineError, RunFailed)):
+    if isinstance(error, (UserError, MachineError, RunFailed, KernelMissing, KernelRefused)):
         talk(f"error: {error}")
         return error.exit_code
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

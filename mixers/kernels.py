@@ -244,12 +244,24 @@ def _words(call: Call) -> str:
 
 
 def survey(ops: list[Op], device: torch.device, dtype: torch.dtype, head_dim: int) -> list[dict[str, str]]:
-    """What would run every recurrence on a device, checked there: rows of op, mode, choice and reason."""
-    rows = []
-    for op in ops:
-        for mode in ("train", "prefill", "decode"):
-            call = Call(device.type, dtype, 2, head_dim, head_dim, mode) if op.name in KERNELS else None
-            choice = choose(op, "auto", call, device)
-            what = "plain torch" if choice.kernel is None else choice.kernel.library
-            rows.append({"op": op.name, "mode": mode, "choice": what, "reason": choice.reason})
-    return rows
+    """What would run every recurrence on a device, with the kernels checked there.
+
+    Returns:
+        For each recurrence a row: `recurrence`, what runs in `train`, `prefill` and `decode`, and `why`.
+    """
+    return [_surveyed(op, device, dtype, head_dim) for op in ops]
+
+
+def _surveyed(op: Op, device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str]:
+    row, reasons = {"recurrence": op.name}, []
+    named = os.environ.get("RELINEAR_KERNELS", "auto")
+    for mode in ("train", "prefill", "decode"):
+        call = Call(device.type, dtype, 2, head_dim, head_dim, mode, state=mode == "decode")
+        try:
+            choice = _choose(op, "auto", named, call if op.name in KERNELS else None, device)
+        except (KernelMissing, KernelRefused) as error:
+            row[mode], reason = "error", str(error)
+        else:
+            row[mode], reason = "torch" if choice.kernel is None else choice.kernel.library, choice.reason
+        reasons.append(reason)
+    return {**row, "why": "; ".join(dict.fromkeys(reasons))}

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pkgutil
 import platform
 import shutil
-from importlib import metadata
+from importlib import import_module, metadata
 from typing import Any
 
 import typer
 
 from ... import __version__
 from ...recipes.units import format_bytes
-from ..output import data, data_json, table
+from ..output import data, data_json, table, talk
 from .common import Json, examples
 
 LIBRARIES = ("torch", "transformers", "datasets", "safetensors", "huggingface_hub", "pydantic", "numpy")
@@ -28,13 +29,16 @@ def register(app: typer.Typer) -> None:
 def doctor(json: Json = False) -> None:
     """Show what this machine offers.
 
-    Versions, threads, memory, disk, GPUs and which extras are installed.
+    Versions, threads, memory, disk, GPUs, which extras are installed, and whose kernels run which recurrence: on a GPU
+    each is checked against the step-by-step form.
     """
     found = survey()
     if json:
         data_json(found)
-    else:
-        data(table([(name, _words(value)) for name, value in found.items()], ("what", "found")))
+        return
+    rows = [tuple(row.values()) for row in found.pop("kernels")]
+    data(table([(name, _words(value)) for name, value in found.items()], ("what", "found")))
+    data("\n" + table(rows, ("recurrence", "train", "prefill", "decode", "why")))
 
 
 def survey() -> dict[str, Any]:
@@ -55,8 +59,24 @@ def survey() -> dict[str, Any]:
         "memory_bytes": _memory(),
         "free_disk_bytes": shutil.disk_usage(".").free,
         "gpus": gpus,
+        "kernels": _kernels(bool(gpus)),
     }
     return found
+
+
+def _kernels(gpu: bool) -> list[dict[str, str]]:
+    """Rows of `kernels.survey` for every recurrence, as a usual model would run it."""
+    import torch
+
+    from ...mixers import kernels, ops
+
+    names = sorted(module.name for module in pkgutil.iter_modules(ops.__path__))
+    modules = [import_module(f"{ops.__name__}.{name}") for name in names]
+    every = [module.OP for module in modules if hasattr(module, "OP")]
+    if gpu:
+        talk("checking kernels; Triton compiles them the first time …")
+        return kernels.survey(every, torch.device("cuda"), torch.bfloat16, 64)
+    return kernels.survey(every, torch.device("cpu"), torch.float32, 64)
 
 
 def _memory() -> int | None:

@@ -13,6 +13,7 @@ import pytest
 from relinear.distill.errors import MachineError, RunFailed, UserError
 from relinear.launch import main as cli
 from relinear.launch.commands import look
+from relinear.mixers.errors import KernelMissing, KernelRefused
 from relinear.recipes import loader
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -36,6 +37,8 @@ def failing(monkeypatch, error):
     [
         (UserError("a.yaml:3: stages: found x"), 2, "a.yaml:3: stages: found x"),
         (MachineError("fla is not installed"), 3, "fla is not installed"),
+        (KernelMissing("form: fused: fla not installed"), 3, "form: fused: fla not installed"),
+        (KernelRefused("heads of 320"), 2, "heads of 320"),
         (RunFailed("layer 3, step 17: NaN"), 1, "layer 3, step 17: NaN"),
         (OSError(errno.ENOSPC, "No space left on device", "runs/x/weights"), 3, "runs/x/weights"),
         (MemoryError(), 3, "out of memory"),
