@@ -17,17 +17,16 @@ multiples of 1/16, which is exact, and the rest apart: a forget gate of e^-10000
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad
 
-from .chunks import Borders, borders, compute_dtype, initial_state, join, real_segments, split
+from .chunks import Borders, compute_dtype, initial_state, real_segments
+from .decays import bounded_exp, flows_after, scalar_decay_gradient, seen, states_before
 from .op import Op
+from .segmented import Kernel, Parts, Tensors, segmented
 
-CHUNK = 64
-SEGMENT = 512  # tokens at a time: what is computed in between stays in the processor's cache
+CHUNK = 32
 
 State = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -99,9 +98,8 @@ def chunked(
     With b the cumulated f of a chunk, D_ts = b_t - b_s + i_s for s <= t, and M the stabiliser of the incoming C, n:
         m_t = max(b_t + M, max_s D_ts)
         num_t = e^(b_t + M - m_t) C^T q_t + sum_s e^(D_ts - m_t) (q_t . k_s) v_s      and so the denominator with n.
-    Arguments and results as `recurrent`. The backward keeps the states between chunks and computes the rest again.
+    Arguments and results as `recurrent`.
     """
-    batch, _, heads, _ = k.shape
     dtype = compute_dtype(v.dtype)
     with torch.autocast(v.device.type, enabled=False):
         C, n, m = _initial(state, k, v, dtype)
@@ -110,14 +108,132 @@ def chunked(
         last = _last_maximum(i_, f_, m, real)
         scale = m.detach()
         C, n = _rescaled(C, n, m - scale)
-        marks = (None,) * 4 if real is None else tuple(borders(real, chunk, dtype))
-        out, C, n, scale = _MatrixMemory.apply(  # pyright: ignore[reportGeneralTypeIssues]
-            q, k, v, i_, f_, C.flatten(0, 1), n.flatten(0, 1), scale.flatten(), chunk, *marks
-        )
-        C, n = _rescaled(C.unflatten(0, (batch, heads)), n.unflatten(0, (batch, heads)), scale.view_as(last) - last)
+        out, (C, n, scale) = segmented(_KERNEL, (q, k, i_, f_, v), (C, n, scale), chunk, real)
+        C, n = _rescaled(C, n, scale.detach() - last)
         if padding is not None:
             out = out.masked_fill(~padding[..., None, None], 0.0)
         return out.to(v.dtype), (C, n, last)
+
+
+class _Gates(NamedTuple):
+    """The gates of M = N * B * H chunks; of pairs, log weights D_ts - m_t = (coarse_t - coarse_s) + row_t + column_s.
+
+    Attributes:
+        coarse, row, column: (M, C).
+        inflow: (M, C, 1), weight of the incoming state at each token.
+        outflow: (M, C, 1), weight of each token in the outgoing state.
+        carry: (M, 1, 1), weight of the incoming state in the outgoing one.
+        least: (M, C, 1), the least denominator.
+    """
+
+    coarse: torch.Tensor
+    row: torch.Tensor
+    column: torch.Tensor
+    inflow: torch.Tensor
+    outflow: torch.Tensor
+    carry: torch.Tensor
+    least: torch.Tensor
+
+
+def _gates(
+    i: torch.Tensor, f: torch.Tensor, first: torch.Tensor, border: Borders | None
+) -> tuple[_Gates, torch.Tensor, torch.Tensor]:
+    """Gates from (M, C) logs and the stabiliser (B * H) of the incoming state; weights of pairs; the new stabiliser."""
+    nothing = float("-inf")
+    sixteenths = (f * 16).round_().mul_(1 / 16)
+    coarse, fine = sixteenths.cumsum(-1), (f - sixteenths).cumsum(-1)
+    column = i - fine
+    inflow, outflow = coarse + fine, (coarse[:, -1:] - coarse).add_(fine[:, -1:]).add_(column)
+    whole = inflow[:, -1].clone()
+    D = _sums(coarse, fine, column)
+    D += torch.full_like(D[0], nothing).triu_(1)
+    if border is not None:
+        D.masked_fill_(border.pairs == 0, nothing)
+        inflow.masked_fill_(border.sees[..., 0] == 0, nothing)
+        outflow.masked_fill_(border.leaves[..., 0] == 0, nothing)
+        whole.masked_fill_(border.carries[:, 0, 0] == 0, nothing)
+    scales = [first]
+    for decay, new in zip(whole.split(len(first)), outflow.amax(-1).split(len(first)), strict=True):
+        scales.append(torch.maximum(scales[-1] + decay, new))
+    last = scales.pop()
+    before, after = torch.cat(scales), torch.cat([*scales[1:], last])
+    inflow += before[:, None]
+    top = torch.maximum(D.amax(-1), inflow)
+    gates = _Gates(
+        coarse,
+        fine - top,
+        column,
+        inflow=bounded_exp(inflow.sub_(top))[..., None],
+        outflow=bounded_exp(outflow.sub_(after[:, None]))[..., None],
+        carry=bounded_exp(whole.add_(before).sub_(after))[:, None, None],
+        least=_least(top)[..., None],
+    )
+    if border is not None:
+        for weight, mark in zip(gates[3:6], border[1:], strict=True):
+            weight.mul_(mark)
+    return gates, seen(bounded_exp(D.sub_(top[..., None])).tril_(), border), last
+
+
+def _sums(coarse: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+    """(M, C, C) log weights of pairs, from (M, C)."""
+    return (coarse[:, :, None] - coarse[:, None, :]).add_(row[:, :, None]).add_(column[:, None, :])
+
+
+def _forward(parts: Parts, states: Tensors, border: Borders | None) -> tuple[torch.Tensor, Tensors, Tensors]:
+    q, k, i, f, v = parts
+    C, n, scale = states
+    gates, weights, scale = _gates(i, f, scale, border)
+    sent = k * gates.outflow
+    before, C = states_before(torch.bmm(sent.mT, v), gates.carry, C)
+    norms, n = states_before(sent.sum(1, keepdim=True), gates.carry, n.unsqueeze(1))
+    scores, reads = torch.bmm(q, k.mT).mul_(weights), q * gates.inflow
+    out = torch.bmm(scores, v).baddbmm_(reads, before).div_(_denominator(scores, reads, norms, gates.least)[0])
+    return out, (C, n.squeeze(1), scale), (before, norms, *gates)
+
+
+def _backward(
+    parts: Parts, kept: Tensors, border: Borders | None, grad: torch.Tensor, flows: Tensors, needs: tuple[bool, ...]
+) -> tuple[Parts, Tensors]:
+    q, k, _, _, v = parts
+    before, norms, *rest = kept
+    gates = _Gates(*rest)
+    weights = seen(bounded_exp(_sums(gates.coarse, gates.row, gates.column), 0.0).tril_(), border)
+    scores, reads = torch.bmm(q, k.mT).mul_(weights), q * gates.inflow
+    bottom, sign = _denominator(scores, reads, norms, gates.least)
+    grad = grad / bottom
+    pull, dq = torch.bmm(grad, v.mT), torch.bmm(grad, before.mT)
+    # The gradient of n^T q: the numerator times its own gradient, without computing the numerator again.
+    of_size = (scores * pull).sum(-1, keepdim=True).add_((reads * dq).sum(-1, keepdim=True)).div_(-bottom).mul_(sign)
+    after, flow = flows_after(torch.bmm(reads.mT, grad), gates.carry, flows[0])
+    after_n, flow_n = flows_after((reads * of_size).sum(1, keepdim=True), gates.carry, flows[1].unsqueeze(1))
+    pull.add_(of_size)
+    dv = torch.bmm(k * gates.outflow, after).baddbmm_(scores.mT, grad)
+    dq.addcmul_(of_size, norms).mul_(gates.inflow)
+    dk = torch.bmm(v, after.mT).add_(after_n).mul_(gates.outflow)
+    shares, sent = scores.mul_(pull), (k * dk).sum(-1)
+    di = shares.sum(1).add_(sent)
+    held = (before * after).sum((1, 2)).add_((norms * after_n).sum((1, 2))).mul_(gates.carry.flatten())
+    df = scalar_decay_gradient(shares, (q * dq).sum(-1), sent, held)
+    pull.mul_(weights)
+    # The stabiliser is a constant: zeros stand for its gradient.
+    return (dq.baddbmm_(pull, k), dk.baddbmm_(pull.mT, q), di, df, dv), (flow, flow_n.squeeze(1), flows[2] * 0)
+
+
+def _denominator(
+    scores: torch.Tensor, reads: torch.Tensor, norms: torch.Tensor, least: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """max(|n^T q|, e^-m) (M, C, 1), and its derivative by n^T q."""
+    size = (reads * norms).sum(-1, keepdim=True).add_(scores.sum(-1, keepdim=True))
+    magnitude = size.abs()
+    return torch.maximum(magnitude, least), size.sign_().mul_(magnitude > least)
+
+
+def _least(m: torch.Tensor) -> torch.Tensor:
+    """e^-m, the least denominator; never 0, since q and with it n^T q may be."""
+    return (-m).exp().clamp(min=torch.finfo(m.dtype).tiny)
+
+
+_KERNEL = Kernel(_forward, _backward)
 
 
 def step(
@@ -150,190 +266,6 @@ def step(
         torch.neg(m, out=keep).exp_().clamp_(min=torch.finfo(m.dtype).tiny)
         row.div_(torch.maximum(write, keep, out=write)[:, None, None])
         return out.to(v.dtype)
-
-
-class _Gates(NamedTuple):
-    """The gates of every chunk; none of it large.
-
-    Attributes:
-        coarse, fine: (N, B * H, C), b = coarse + fine, the log-decay since the chunk's start.
-        write: (N, B * H, C), i.
-        inflow: (N, B * H, C), log of the weight with which the incoming state reaches a token.
-        outflow: (N, B * H, C), weight with which a token reaches the outgoing state.
-        carry: (N, B * H), weight with which the incoming state reaches the outgoing one.
-        scale: (N + 1, B * H), stabiliser of the states between chunks.
-    """
-
-    coarse: torch.Tensor
-    fine: torch.Tensor
-    write: torch.Tensor
-    inflow: torch.Tensor
-    outflow: torch.Tensor
-    carry: torch.Tensor
-    scale: torch.Tensor
-
-
-def _gates(i: torch.Tensor, f: torch.Tensor, first: torch.Tensor, chunk: int, border: Borders | None) -> _Gates:
-    """Gates from (B, T, H) inputs; `first` is the stabiliser (B * H) of the incoming state."""
-    view, nothing = (-1, len(first)), float("-inf")
-    write = split(pad(i, (0, 0, 0, -i.shape[1] % chunk), value=nothing), chunk, i.dtype).unflatten(0, view)
-    f_ = split(f, chunk, f.dtype).unflatten(0, view)
-    sixteenths = (f_ * 16).round() / 16
-    coarse, fine = sixteenths.cumsum(-1), (f_ - sixteenths).cumsum(-1)
-    inflow = coarse + fine
-    whole = inflow[..., -1]
-    outflow = (coarse[..., -1:] - coarse) + (fine[..., -1:] - fine + write)
-    if border is not None:
-        batch_heads = (i.shape[0], -1)
-        inflow, outflow, whole = (
-            part.unflatten(1, batch_heads).masked_fill(mark == 0, nothing).flatten(1, 2)
-            for part, mark in (
-                (inflow, border.sees[..., 0]),
-                (outflow, border.leaves[..., 0]),
-                (whole, border.carries[..., 0, 0]),
-            )
-        )
-    scales = [first]
-    for decay, new in zip(whole.unbind(), outflow.amax(-1).unbind(), strict=True):
-        scales.append(torch.maximum(scales[-1] + decay, new))
-    scale = torch.stack(scales)
-    carry = (whole + scale[:-1] - scale[1:]).exp()
-    outflow = (outflow - scale[1:, :, None]).exp()
-    return _Gates(coarse, fine, write, inflow + scale[:-1, :, None], outflow, carry, scale)
-
-
-class _MatrixMemory(torch.autograd.Function):
-    """Outputs (B, T, H, dv) and final C, n with their stabiliser, for a stabiliser that counts as a constant."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        i: torch.Tensor,
-        f: torch.Tensor,
-        C: torch.Tensor,
-        n: torch.Tensor,
-        first: torch.Tensor,
-        chunk: int,
-        pairs: torch.Tensor | None,
-        sees: torch.Tensor | None,
-        leaves: torch.Tensor | None,
-        carries: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, ...]:
-        batch, length, heads, _ = k.shape
-        border = None if pairs is None else Borders(pairs, sees, leaves, carries)  # pyright: ignore[reportArgumentType]
-        gates = _gates(i, f, first, chunk, border)
-        count = len(gates.carry)
-        memory, norms = C.new_empty(count + 1, *C.shape), n.new_empty(count + 1, *n.shape)
-        memory[0], norms[0] = C, n
-        top, size = torch.empty_like(gates.write), torch.empty_like(gates.write)
-        out = torch.empty(v.shape, dtype=C.dtype, device=v.device)
-        for here in _segments(count, chunk):
-            tokens = slice(here.start * chunk, min(here.stop * chunk, length))
-            q_, k_, v_ = (split(x[:, tokens], chunk, C.dtype) for x in (q, k, v))
-            part = _Gates(*(x[here] for x in gates))
-            weights, top[here] = _weights(part, pairs, here, None)
-            sent = k_ * part.outflow.flatten(0, 1)[..., None]
-            torch.bmm(sent.mT, v_, out=memory[here.start + 1 : here.stop + 1].flatten(0, 1))
-            torch.sum(sent.unflatten(0, part.carry.shape), 2, out=norms[here.start + 1 : here.stop + 1])
-            for chunk_n, carry in zip(range(here.start, here.stop), part.carry.unbind(), strict=True):
-                memory[chunk_n + 1].addcmul_(memory[chunk_n], carry[:, None, None])
-                norms[chunk_n + 1].addcmul_(norms[chunk_n], carry[:, None])
-            scores = torch.bmm(q_, k_.mT).mul_(weights)
-            q_ = q_ * (part.inflow - top[here]).exp_().flatten(0, 1)[..., None]
-            result = torch.bmm(scores, v_).baddbmm_(q_, memory[here].flatten(0, 1))
-            sizes = torch.bmm(q_, norms[here].flatten(0, 1)[..., None])[..., 0].add_(scores.sum(-1))
-            size[here] = sizes.view(part.write.shape)
-            result.div_(torch.maximum(size[here].abs(), _least(top[here])).flatten(0, 1)[..., None])
-            out[:, tokens] = join(result, batch, tokens.stop - tokens.start, heads)
-        scale = gates.scale[-1].clone()
-        ctx.save_for_backward(q, k, v, *gates, memory, norms, top, size, out, pairs)
-        ctx.mark_non_differentiable(scale)
-        return out, memory[-1].clone(), norms[-1].clone(), scale
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: torch.Tensor
-    ) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, *some, memory, norms, top, size, out, pairs = ctx.saved_tensors
-        gates, (grad_out, grad_C, grad_n, _) = _Gates(*some), grads
-        batch, length, heads, _ = k.shape
-        count, _, chunk = gates.write.shape
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        grad_i, grad_f = torch.empty_like(top), torch.empty_like(top)
-        with torch.autocast(v.device.type, enabled=False):
-            for here in reversed(_segments(count, chunk)):
-                tokens = slice(here.start * chunk, min(here.stop * chunk, length))
-                q_, k_, v_, go, o = (split(x[:, tokens], chunk, out.dtype) for x in (q, k, v, grad_out, out))
-                part = _Gates(*(x[here] for x in gates))
-                weights, _ = _weights(part, pairs, here, top[here])
-                reach = (part.inflow - top[here]).exp_().flatten(0, 1)[..., None]
-                least = _least(top[here])
-                sizes = size[here]
-                bottom = torch.maximum(sizes.abs(), least).flatten(0, 1)[..., None]
-                go = go / bottom
-                active = sizes.sign().mul_(sizes.abs() > least).flatten(0, 1)[..., None]
-                gs = -(go * o).sum(-1, keepdim=True) * active
-                # What reaches the states from outputs, then through time.
-                reads = q_ * reach
-                into_C = torch.bmm(reads.mT, go).unflatten(0, part.carry.shape)
-                into_n = (reads * gs).sum(1).unflatten(0, part.carry.shape)
-                flows, flows_n = torch.empty_like(into_C), torch.empty_like(into_n)
-                for j in range(len(into_C) - 1, -1, -1):
-                    flows[j], flows_n[j] = grad_C, grad_n
-                    grad_C = torch.addcmul(into_C[j], grad_C, part.carry[j][:, None, None])
-                    grad_n = torch.addcmul(into_n[j], grad_n, part.carry[j][:, None])
-                after = slice(here.start + 1, here.stop + 1)
-                ends = (flows * memory[after]).sum((-2, -1)) + (flows_n * norms[after]).sum(-1)
-                flows, flows_n = flows.flatten(0, 1), flows_n.flatten(0, 1)
-                sent = k_ * part.outflow.flatten(0, 1)[..., None]
-                scores = torch.bmm(q_, k_.mT).mul_(weights)
-                gv = torch.bmm(scores.mT, go).baddbmm_(sent, flows)
-                gw = torch.bmm(go, v_.mT).add_(gs).mul_(weights)
-                gq = torch.bmm(go, memory[here].flatten(0, 1).mT).addcmul_(gs, norms[here].flatten(0, 1)[:, None])
-                gq.mul_(reach).baddbmm_(gw, k_)
-                gk = torch.bmm(v_, flows.mT).add_(flows_n[:, None])
-                gk.mul_(part.outflow.flatten(0, 1)[..., None]).baddbmm_(gw.mT, q_)
-                # d e^(b_t - b_s + i_s): what a key gains is owed to i and taken from b, what a query gains is b's.
-                gi = (k_ * gk).sum(-1).view(part.write.shape)
-                gb = (q_ * gq).sum(-1).view(part.write.shape) - gi
-                gb[..., -1] += ends
-                grad_i[here], grad_f[here] = gi, gb.flip(-1).cumsum(-1).flip(-1)
-                for whole, x in ((grad_q, gq), (grad_k, gk), (grad_v, gv)):
-                    whole[:, tokens] = join(x, batch, tokens.stop - tokens.start, heads)
-        gi, gf = (join(x.view(-1, chunk, 1), batch, length, heads)[..., 0] for x in (grad_i, grad_f))
-        return grad_q, grad_k, grad_v, gi, gf, grad_C, grad_n, *(None,) * 6
-
-
-def _least(m: torch.Tensor) -> torch.Tensor:
-    """e^-m, the least denominator; never 0, since q and with it n^T q may be."""
-    return (-m).exp().clamp(min=torch.finfo(m.dtype).tiny)
-
-
-def _segments(count: int, chunk: int) -> list[slice]:
-    """The chunks that are computed at a time."""
-    some = max(1, SEGMENT // chunk)
-    return [slice(start, min(start + some, count)) for start in range(0, count, some)]
-
-
-def _weights(
-    gates: _Gates, pairs: torch.Tensor | None, here: slice, top: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """e^(D - m), (n * B * H, C, C), of the chunks `here`, and m (n, B * H, C) unless given."""
-    chunk = gates.write.shape[-1]
-    hidden = torch.ones(chunk, chunk, dtype=torch.bool, device=gates.write.device).triu(1)
-    weights = gates.coarse[..., :, None] - gates.coarse[..., None, :]
-    weights.add_(gates.fine[..., :, None]).add_((gates.write - gates.fine)[..., None, :])
-    if pairs is not None:
-        batch = pairs.shape[1]
-        hidden = (hidden | ~pairs[here]).expand(-1, -1, weights.shape[1] // batch, -1, -1).flatten(1, 2)
-    weights.masked_fill_(hidden, float("-inf"))
-    if top is None:
-        top = torch.maximum(weights.amax(-1), gates.inflow)
-    return weights.sub_(top[..., None]).exp_().flatten(0, 1), top
 
 
 def _last_maximum(i: torch.Tensor, f: torch.Tensor, m: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:

@@ -161,7 +161,6 @@ def test_pieces_of_a_sequence_are_computed_one_after_another(op, inputs, monkeyp
     """Long rows are cut to fit a cache: here into pieces of one or two chunks, with borders on their limits."""
     monkeypatch.setattr(selective_scan, "SCRATCH", 2 * 8 * B * CHANNELS * SIZE)
     monkeypatch.setattr(segmented, "WORKING_SET", 2 * 8 * B * H * DK)
-    monkeypatch.setattr(mlstm, "SEGMENT", 16)
     x, state = leaves(inputs(130)), leaves(states(op))
     limits = (torch.arange(130) // 16)[None].expand(B, -1)
     for where in (*places(130), {"segments": limits}, {"segments": limits.roll(1, 1).cummax(1).values}):
