@@ -17,6 +17,7 @@ from .chunks import Borders, compute_dtype, initial_state, real_segments
 from .decays import Decays, scalar_decays
 from .op import Op
 from .segmented import Kernel, Parts, Tensors, segmented
+from .steps import decay_state, in_dtype, read_state
 
 CHUNK = 32
 
@@ -185,7 +186,7 @@ _KERNEL = Kernel(_forward, _backward)
 def step(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, beta: torch.Tensor, state: torch.Tensor
 ) -> torch.Tensor:
-    """One token, without gradients. Overwrites `state` and allocates nothing but its result.
+    """One token, called without gradients. Overwrites `state` and allocates nothing but its result.
 
     Args:
         q, k: (B, 1, H, dk). v: (B, 1, H, dv). g: (B, 1, H) or None. beta: (B, 1, H). As in `recurrent`.
@@ -194,19 +195,13 @@ def step(
     Returns:
         (B, 1, H, dv) in the dtype of v.
     """
-    with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
-        q, k, values, beta = (x.to(state.dtype) for x in (q, k, v, beta))
-        out = torch.empty_like(values, memory_format=torch.contiguous_format)
-        S = state.flatten(0, 1)
-        if g is not None:
-            # The result's own memory holds the decays meanwhile.
-            state.mul_(torch.exp(g.to(state.dtype), out=out[..., 0]).squeeze(1)[..., None, None])
-        rows = out.view(len(S), 1, -1)
-        torch.bmm(k.reshape(len(S), 1, -1), S, out=rows)
-        torch.sub(values, out, out=out).mul_(beta[..., None])
-        S.baddbmm_(k.reshape(len(S), -1, 1), rows)
-        torch.bmm(q.reshape(len(S), 1, -1), S, out=rows)
-        return out.to(v.dtype)
+    q, k, values, beta = in_dtype(state.dtype, q, k, v, beta)
+    out = torch.empty_like(values, memory_format=torch.contiguous_format)
+    if g is not None:
+        decay_state(state, g, out)
+    torch.sub(values, read_state(k, state, out), out=out).mul_(beta.unsqueeze(-1))
+    state.addcmul_(k.permute(0, 2, 3, 1), out.transpose(1, 2))
+    return read_state(q, state, out).to(v.dtype)
 
 
 def _masked(

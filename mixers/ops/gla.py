@@ -16,6 +16,7 @@ from .chunks import Borders, compute_dtype, initial_state, real_segments
 from .decays import channel_decays, flows_after, seen, states_before
 from .op import Op
 from .segmented import Kernel, Parts, Tensors, segmented
+from .steps import in_dtype, read_state
 
 CHUNK = 32
 MAX_CHUNK = 32
@@ -131,7 +132,7 @@ _KERNEL = Kernel(_forward, _backward)
 
 
 def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-    """One token, without gradients. Overwrites `state` and `g` and allocates nothing but its result.
+    """One token, called without gradients. Overwrites `state` and `g` and allocates nothing but its result.
 
     Args:
         q, k, g: (B, 1, H, dk). v: (B, 1, H, dv). As in `recurrent`.
@@ -140,14 +141,10 @@ def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, sta
     Returns:
         (B, 1, H, dv) in the dtype of v.
     """
-    with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
-        q, k, values, g = (x.to(state.dtype) for x in (q, k, v, g))
-        out = torch.empty_like(values, memory_format=torch.contiguous_format)
-        S = state.flatten(0, 1)
-        state.mul_(g.exp_().transpose(1, 2).mT)
-        S.baddbmm_(k.reshape(len(S), -1, 1), values.reshape(len(S), 1, -1))
-        torch.bmm(q.reshape(len(S), 1, -1), S, out=out.view(len(S), 1, -1))
-        return out.to(v.dtype)
+    q, k, values, g = in_dtype(state.dtype, q, k, v, g)
+    out = torch.empty_like(values, memory_format=torch.contiguous_format)
+    state.mul_(g.exp_().permute(0, 2, 3, 1)).addcmul_(k.permute(0, 2, 3, 1), values.transpose(1, 2))
+    return read_state(q, state, out).to(v.dtype)
 
 
 def _masked(

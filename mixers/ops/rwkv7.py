@@ -20,6 +20,7 @@ from .chunks import Borders, compute_dtype, initial_state, real_segments
 from .decays import ChannelDecays, channel_decays
 from .op import Op
 from .segmented import Kernel, Parts, Tensors, segmented
+from .steps import in_dtype, read_state
 
 CHUNK = 32
 MAX_CHUNK = 64
@@ -214,7 +215,7 @@ def step(
     a: torch.Tensor,
     state: torch.Tensor,
 ) -> torch.Tensor:
-    """One token, without gradients. Overwrites `state`, `w` and `a` and allocates nothing but its result.
+    """One token, called without gradients. Overwrites `state`, `w` and `a` and allocates nothing but its result.
 
     Args:
         r, w, k, kappa, a: (B, 1, H, dk). v: (B, 1, H, dv). As in `recurrent`.
@@ -223,17 +224,13 @@ def step(
     Returns:
         (B, 1, H, dv) in the dtype of v.
     """
-    with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
-        r, w, k, values, kappa, a = (x.to(state.dtype) for x in (r, w, k, v, kappa, a))
-        out = torch.empty_like(values, memory_format=torch.contiguous_format)
-        S = state.flatten(0, 1)
-        rows = out.view(len(S), 1, -1)
-        torch.bmm(kappa.reshape(len(S), 1, -1), S, out=rows)
-        state.mul_(w.exp_().transpose(1, 2).mT)
-        S.baddbmm_(a.mul_(kappa).reshape(len(S), -1, 1), rows, alpha=-1)
-        S.baddbmm_(k.reshape(len(S), -1, 1), values.reshape(len(S), 1, -1))
-        torch.bmm(r.reshape(len(S), 1, -1), S, out=rows)
-        return out.to(v.dtype)
+    r, w, k, values, kappa, a = in_dtype(state.dtype, r, w, k, v, kappa, a)
+    out = torch.empty_like(values, memory_format=torch.contiguous_format)
+    read_state(kappa, state, out)
+    state.mul_(w.exp_().permute(0, 2, 3, 1))
+    state.addcmul_(a.mul_(kappa).permute(0, 2, 3, 1), out.transpose(1, 2), value=-1)
+    state.addcmul_(k.permute(0, 2, 3, 1), values.transpose(1, 2))
+    return read_state(r, state, out).to(v.dtype)
 
 
 def _masked(

@@ -17,6 +17,7 @@ from .chunks import Borders, compute_dtype, initial_state, real_segments
 from .decays import flows_after, scalar_decay_gradient, scalar_decays, states_before
 from .op import Op
 from .segmented import Kernel, Parts, Tensors, segmented
+from .steps import decay_state, in_dtype, read_state
 
 CHUNK = 32
 
@@ -122,7 +123,7 @@ _KERNEL = Kernel(_forward, _backward)
 
 
 def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-    """One token, without gradients. Overwrites `state` and allocates nothing but its result.
+    """One token, called without gradients. Overwrites `state` and allocates nothing but its result.
 
     Args:
         q, k: (B, 1, H, dk). v: (B, 1, H, dv). g: (B, 1, H) or (H,). As in `recurrent`.
@@ -131,16 +132,11 @@ def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, sta
     Returns:
         (B, 1, H, dv) in the dtype of v.
     """
-    with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
-        q, k, values, g = (x.to(state.dtype) for x in (q, k, v, g))
-        out = torch.empty_like(values, memory_format=torch.contiguous_format)
-        # The result's own memory holds the decays meanwhile.
-        decay = torch.exp(g, out=out[0, 0, :, 0] if g.dim() == 1 else out[..., 0])
-        state.mul_(decay.squeeze(1)[..., None, None] if g.dim() > 1 else decay[:, None, None])
-        S = state.flatten(0, 1)
-        S.baddbmm_(k.reshape(len(S), -1, 1), values.reshape(len(S), 1, -1))
-        torch.bmm(q.reshape(len(S), 1, -1), S, out=out.view(len(S), 1, -1))
-        return out.to(v.dtype)
+    q, k, values, g = in_dtype(state.dtype, q, k, v, g)
+    out = torch.empty_like(values, memory_format=torch.contiguous_format)
+    decay_state(state, g, out)
+    state.addcmul_(k.permute(0, 2, 3, 1), values.transpose(1, 2))
+    return read_state(q, state, out).to(v.dtype)
 
 
 def _masked(
