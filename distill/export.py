@@ -103,7 +103,7 @@ def _load_step(run: Path, record: dict[str, Any], step: str | int, teacher: Teac
         module = align_module(mixers)
         checkpoint.load_module(module, commits[wanted].weights(), commits[wanted].path)
         return assemble(teacher, mixers)
-    student = assemble(teacher, mixers)
+    student = assemble(teacher, mixers, record.get("kept_attention"))
     checkpoint.load_module(student, commits[wanted].weights(), commits[wanted].path)
     return student
 

@@ -187,7 +187,7 @@ def check_geometry(spec: type[MixerSpec], geometry: Geometry, options: MixerOpti
 
 def lost(spec: type[MixerSpec], geometry: Geometry, options: MixerOptions) -> list[str]:
     """What attention did to its scores and a mixer does not do, in words; empty where nothing is lost."""
-    if geometry.softcap is None:
+    if geometry.softcap is None or spec.softmax:
         return []
     cap = f"attention caps its scores at {geometry.softcap:g} (tanh)"
     if getattr(options, "window", 0):

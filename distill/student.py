@@ -54,8 +54,8 @@ def transfer(teacher: Teacher, plan: Plan, seed: int = 0) -> tuple[dict[int, Mix
     return mixers, reports
 
 
-def student_config(teacher: Teacher, plan: Plan) -> Any:
-    """The student's configuration: the teacher's own fields and ours."""
+def student_config(teacher: Teacher, plan: Plan, kept: dict[str, Any] | None = None) -> Any:
+    """The student's configuration: the teacher's own fields and ours; `kept` as for `assemble`."""
     from .. import __version__
 
     fields = teacher.config.to_dict()
@@ -70,6 +70,7 @@ def student_config(teacher: Teacher, plan: Plan) -> Any:
         attention_types=teacher.layer_types,
         mixer_types=[plan[layer][0] if layer in plan else None for layer in layers],
         mixers=_settings(plan),
+        kept_attention=kept,
         geometry=_shared({layer: asdict(teacher.geometry(layer)) for layer in layers}),
         relinear_version=__version__,
     )
@@ -104,18 +105,19 @@ def _shared(layers: dict[int, dict[str, Any]]) -> dict[str, Any]:
     return {**shared, **({"layers": differences} if differences else {})}
 
 
-def assemble(teacher: Teacher, mixers: dict[int, Mixer]) -> Any:
+def assemble(teacher: Teacher, mixers: dict[int, Mixer], kept: dict[str, Any] | None = None) -> Any:
     """A standalone student: its own fp32 copies of the teacher's tensors, with `mixers` in place of attention.
 
     Args:
         teacher: not changed.
         mixers: layer -> mixer, as from `transfer` or after align; their tensors are copied.
+        kept: what is changed in the layers that keep their attention: fields of `modeling.kept.KeptAttention`.
 
     Returns:
         The student's causal language model, in eval mode, all parameters requiring gradients.
     """
     plan = {layer: (mixer.spec.name, mixer.options.to_dict()) for layer, mixer in mixers.items()}
-    config = student_config(teacher, plan)
+    config = student_config(teacher, plan, kept)
     cls = student_classes(teacher.family.name).causal_lm
     student = cls._from_config(config, attn_implementation=teacher.config._attn_implementation)
     student.to(next(teacher.model.parameters()).device)

@@ -8,6 +8,7 @@ bf16 tensor-core figures of the vendors' data sheets; the share of the peak that
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..mixers import registry
 from .layers import LayerMap
@@ -135,27 +136,30 @@ def flops_per_token(teacher: TeacherConfig, layers: LayerMap, kind: str, seq_len
         needs_teacher: glue and extend: the loss has a KL part.
     """
     g = teacher.geometry(0)
-    attention = []
-    for held in held_tokens(teacher, seq_len):
+
+    def attention(held: int) -> float:
         seen = held * (1 - held / (2 * seq_len))  # the mean over positions of min(position, window)
-        attention.append(4 * g.hidden_size * (g.inner_size + g.kv_size) + 4 * g.inner_size * seen)
+        return 4 * g.hidden_size * (g.inner_size + g.kv_size) + 4 * g.inner_size * seen
+
     blocks = 2 * sum(_ffn(teacher, layer)[1] for layer in range(teacher.num_layers))
     head = 2 * g.hidden_size * teacher.config["vocab_size"]
     mixers = 0
     for layer, (name, options) in layers.converted.items():
         spec = registry.spec(name)
         mixers += spec.flops_per_token(teacher.geometry(layer), spec.options.parse(options))
-    body = sum(attention) + blocks
+    body = sum(map(attention, held_tokens(teacher, seq_len))) + blocks
     if kind == "align":
         return body + 3 * mixers
-    student = body - sum(attention[layer] for layer in layers.converted) + mixers + head
+    held = held_tokens(teacher, seq_len, layers.attention)
+    student = sum(attention(held[layer]) for layer in layers.kept) + blocks + mixers + head
     return 3 * student + (body + head if needs_teacher else 0)
 
 
-def held_tokens(teacher: TeacherConfig, length: int) -> list[int]:
-    """Tokens that each layer's attention sees at the end of a sequence of `length`."""
-    window = teacher.family.values(teacher.config).get("sliding_window") or length
-    return [min(length, window) if kind == "sliding_attention" else length for kind in teacher.layer_types]
+def held_tokens(teacher: TeacherConfig, length: int, changes: dict[str, Any] | None = None) -> list[int]:
+    """Tokens that each layer's attention sees at the end of a sequence of `length`, with what is changed in it."""
+    own = teacher.family.values(teacher.config).get("sliding_window") or length
+    longest = min(length, (changes or {}).get("window") or length)
+    return [min(longest, own) if kind == "sliding_attention" else longest for kind in teacher.layer_types]
 
 
 def memory(
@@ -210,14 +214,14 @@ def gpu_hours(flops: float, gpu: str, mfu: float) -> float:
 def cache_bytes(teacher: TeacherConfig, layers: LayerMap, length: int, dtype: str) -> tuple[int, int]:
     """Bytes that one sequence of `length` tokens keeps for decoding, (teacher, student)."""
     before = after = 0
+    kept = held_tokens(teacher, length, layers.attention)
     for layer, held in enumerate(held_tokens(teacher, length)):
         g = teacher.geometry(layer)
-        attention = 2 * g.kv_size * held * BYTES[dtype]
-        before += attention
+        before += 2 * g.kv_size * held * BYTES[dtype]
         if layer in layers.converted:
             name, options = layers.converted[layer]
             spec = registry.spec(name)
             after += spec.state_bytes(g, spec.options.parse(options))
         else:
-            after += attention
+            after += 2 * g.kv_size * kept[layer] * BYTES[dtype]
     return before, after

@@ -36,11 +36,13 @@ class LayerMap:
         num_layers: of the teacher.
         kept: layers whose attention stays, ascending.
         converted: layer -> (mixer, all of its options), ascending.
+        attention: what is changed in kept layers (`rope`, `logit_scale`, `window`), None for nothing.
     """
 
     num_layers: int
     kept: list[int]
     converted: dict[int, tuple[str, dict[str, Any]]]
+    attention: dict[str, Any] | None = None
 
     def layers_of(self, mixer: str) -> list[int]:
         """The layers that a mixer takes, ascending."""
@@ -60,6 +62,17 @@ class LayerMap:
         return "".join(
             letters[self.converted[layer][0]] if layer in self.converted else "A" for layer in range(self.num_layers)
         )
+
+    @property
+    def changes(self) -> str:
+        """What is changed in kept layers, in words; empty for nothing."""
+        given = self.attention or {}
+        words = [] if given.get("rope", True) else ["no rotary embedding"]
+        if given.get("logit_scale") is not None:
+            words.append(f"scores × log_{given['logit_scale']:g}(t + {given['logit_scale']:g})")
+        if given.get("window") is not None:
+            words.append(f"window {given['window']}")
+        return ", ".join(words)
 
     @property
     def legend(self) -> str:

@@ -123,6 +123,7 @@ class Plan:
                 "drawing": self.layers.drawing,
                 "legend": self.layers.legend,
                 "kept": self.layers.kept,
+                "kept_attention": self.layers.attention,
                 "converted": {str(layer): mixer for layer, (mixer, _) in self.layers.converted.items()},
             },
             "mixers": dict(self.layers.converted.values()),
@@ -178,7 +179,8 @@ def plan(recipe: Recipe, gpu: str = "H100", mfu: float = costs.MFU) -> Plan:
 
 def layer_map(recipe: Recipe, num_layers: int) -> LayerMap:
     """The recipe's layers on a teacher of that many."""
-    return resolve(recipe.layers, num_layers, recipe.mixers, recipe.place)
+    made = resolve(recipe.layers, num_layers, recipe.mixers, recipe.place)
+    return dataclasses.replace(made, attention=recipe.layers.attention.changes())
 
 
 def window(asked: int | str, context: int) -> tuple[int, str]:
@@ -287,6 +289,8 @@ def _notes(recipe: Recipe, layers: LayerMap) -> list[str]:
     notes = []
     if not layers.converted:
         notes.append("no layer is converted: the result is the teacher itself")
+    if layers.attention and not layers.kept:
+        notes.append("layers.attention: no layer keeps its attention, so it changes nothing")
     used = {name for name, _ in layers.converted.values()}
     for name in recipe.mixers:
         if name not in used and layers.converted:

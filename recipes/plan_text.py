@@ -52,6 +52,7 @@ def _head(plan: Plan) -> str:
             f"Student  {format_count(counts.student)} parameters, {format_count(counts.all_mixers)} of them in mixers",
             f"Layers   {plan.layers.drawing}   ({plan.layers.legend})",
             f"         attention stays in {ranges(kept) or 'none'}; converted: {ranges(converted) or 'none'}",
+            *([f"         kept attention from glue on: {plan.layers.changes}"] if plan.layers.changes else []),
         ]
     )
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from ..mixers import registry
-from .schema import STAGES, LossWeights, OverrideSection, Recipe, Section, Stage, TrainingStage, Words
+from .schema import STAGES, AttentionSection, LossWeights, OverrideSection, Recipe, Section, Stage, TrainingStage, Words
 
 _HEADER = ["| key | value | default | meaning |", "|---|---|---|---|"]
 
@@ -121,7 +121,8 @@ def markdown() -> str:
         elif isinstance(section, type) and issubclass(section, Section):
             parts.append(_table(name, section, list(section.model_fields), 2))
         if name == "layers":
-            parts += [_table("layers.overrides", OverrideSection, list(OverrideSection.model_fields)), _LAYERS]
+            parts.append(_table("layers.overrides", OverrideSection, list(OverrideSection.model_fields)))
+            parts += [_table("layers.attention", AttentionSection, list(AttentionSection.model_fields)), _LAYERS]
     return "\n".join(parts)
 
 

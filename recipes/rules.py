@@ -20,7 +20,7 @@ def check(raw: Any) -> list[tuple[Path, str]]:
     """Every broken rule as (path, message)."""
     if not isinstance(raw, dict):
         return []
-    return [*_layers(raw), *_data(raw), *_stages(raw)]
+    return [*_layers(raw), *_attention(raw), *_data(raw), *_stages(raw)]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -52,6 +52,18 @@ def _layers(raw: dict[str, Any]) -> list[tuple[Path, str]]:
         ]
     if not _given(layers, "keep") and not _given(layers, "convert"):
         return [(("layers",), "neither keep nor convert is given; write one of them, for example convert: all")]
+    return []
+
+
+def _attention(raw: dict[str, Any]) -> list[tuple[Path, str]]:
+    layers, stages = raw.get("layers"), raw.get("stages")
+    given = layers.get("attention") if isinstance(layers, dict) else None
+    if not isinstance(given, dict) or not isinstance(stages, list):
+        return []
+    changed = given.get("rope") is False or _given(given, "logit_scale") or _given(given, "window")
+    if changed and not any(isinstance(item, dict) and {"glue", "extend"} & set(item) for item in stages):
+        message = "kept layers are changed when glue begins, and there is no glue stage; add one, or remove this"
+        return [(("layers", "attention"), message)]
     return []
 
 

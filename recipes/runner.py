@@ -187,6 +187,7 @@ def open_session(
             "family": teacher.family.name,
         },
         "layers": {str(layer): list(value) for layer, value in layers.converted.items()},
+        "kept_attention": layers.attention,
         "start": None if start is None else str(start),
         "stages": [[stage.name, stage.kind] for stage in recipe.stages],
         "environment": checkpoint.environment(),
@@ -200,6 +201,8 @@ def open_session(
         f"{sum(p.numel() for p in teacher.model.parameters()):,} parameters, {recipe.teacher.dtype} on {device}"
     )
     progress.note(f"layers {layers.drawing}: {len(layers.converted)} converted, {len(layers.kept)} kept")
+    if layers.changes and layers.kept:
+        progress.note(f"kept attention from glue on: {layers.changes}")
     said = window(recipe.data.seq_len, teacher.context)[1]
     if said:
         progress.note(f"data.seq_len {said}")
@@ -273,7 +276,7 @@ def _carry_out(session: Session, stage: Any, start: Path | None, stopped: Callab
         evaluate = _align_evaluation(session, settings)
     else:
         if session.student is None:
-            session.student = assemble(session.teacher, session.mixers)
+            session.student = assemble(session.teacher, session.mixers, session.layers.attention)
         made = glue_stage(session.teacher, session.student, settings, stage.name)
         evaluate = _glue_evaluation(session, settings)
     source = session.corpus.train(

@@ -137,6 +137,28 @@ def _override(value: Any) -> Any:
     return {"mixer": value} if isinstance(value, str) else value
 
 
+class AttentionSection(Section):
+    """What is changed in the layers that keep their attention, from glue on. The teacher and align are not touched."""
+
+    rope: bool = Field(default=True, description="rotary embedding; false takes it away (NoPE)")
+    logit_scale: float | None = Field(
+        default=None,
+        gt=1,
+        description="a: the scores of the query at position t are multiplied by log_a(t + a), one at the start "
+        "(HALO takes 500 to 900); null leaves them as they are",
+    )
+    window: int | None = Field(
+        default=None,
+        ge=2,
+        description="tokens that a layer sees, the token itself included; a layer whose own window is smaller keeps "
+        "that; null leaves windows as they are",
+    )
+
+    def changes(self) -> dict[str, Any] | None:
+        """Fields of `distill.modeling.kept.KeptAttention`; None where nothing is changed."""
+        return None if self == AttentionSection() else self.model_dump()
+
+
 class LayersSection(Section):
     """Which layers keep their attention and what replaces it in the others."""
 
@@ -145,6 +167,9 @@ class LayersSection(Section):
     convert: LayerChoice = Field(default=None, description="layers that are converted; the others keep their attention")
     overrides: dict[str, Annotated[OverrideSection, BeforeValidator(_override)]] = Field(
         default_factory=dict, description='another mixer for some converted layers: {"0-2": gated_deltanet}'
+    )
+    attention: AttentionSection = Field(
+        default_factory=AttentionSection, description="what is changed in the layers whose attention stays"
     )
 
     @field_validator("overrides", mode="before")

@@ -1,11 +1,19 @@
-"""The cache layer of a mixer: a state of constant size and a count of the tokens that made it."""
+"""What a student keeps from token to token: in a mixer's layer a state of constant size and a count of tokens."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 
 class MixerCacheLayer(LinearAttentionLayer, CacheLayerMixin):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -103,20 +111,36 @@ class MixerCacheLayer(LinearAttentionLayer, CacheLayerMixin):  # pyright: ignore
         self._map(lambda state: state.to(self.device, non_blocking=True))
 
 
-def install_mixer_layers(cache: Cache, layers: list[int]) -> None:
-    """Put a mixer's layer wherever `cache` still has the empty layer that transformers made for that index (in place).
+def install_layers(cache: Cache, mixers: list[int], windows: dict[int, int]) -> None:
+    """Put the layers of this model wherever `cache` still has the empty ones that transformers made (in place).
 
     Works on any cache that generate or a caller built, dynamic or static.
 
+    Args:
+        cache: of this model, or fresh.
+        mixers: layers that hold a mixer.
+        windows: kept attention layers with a window that transformers does not know of.
+
     Raises:
-        ValueError: the cache already holds keys and values at a mixer's layer, so it belongs to another model.
+        ValueError: the cache already holds keys and values that do not fit, so it belongs to another model.
     """
-    for layer in layers:
+    for layer in (*mixers, *windows):
         while len(cache.layers) <= layer:
             cache.layers.append(DynamicLayer())
         present = cache.layers[layer]
-        if isinstance(present, MixerCacheLayer):
+        if isinstance(present, MixerCacheLayer) or getattr(present, "relinear_window", None) is not None:
             continue
         if isinstance(present, CacheLayerMixin) and present.is_initialized and present.get_seq_length() > 0:
-            raise ValueError(f"past_key_values holds keys and values at layer {layer}, which is a mixer in this model")
-        cache.layers[layer] = MixerCacheLayer()
+            what = "a window of its own" if layer in windows else "a mixer"
+            raise ValueError(f"past_key_values holds keys and values at layer {layer}, which is {what} in this model")
+        cache.layers[layer] = _window_layer(present, windows[layer]) if layer in windows else MixerCacheLayer()
+
+
+def _window_layer(present: Any, window: int) -> CacheLayerMixin:
+    """transformers' own layer for a window, static where `present` is."""
+    if isinstance(present, StaticLayer):
+        made = StaticSlidingWindowLayer(max_cache_len=present.max_cache_len, sliding_window=window)
+    else:
+        made = DynamicSlidingWindowLayer(sliding_window=window)
+    made.relinear_window = window  # pyright: ignore[reportAttributeAccessIssue]
+    return made

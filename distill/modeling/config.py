@@ -21,6 +21,8 @@ FIELDS: dict[str, Any] = {
     "mixers": None,
     # The attention that the mixers replaced: fields of mixers.specs.base.Geometry; per-layer differences as above.
     "geometry": None,
+    # What is changed in the layers that keep their attention: fields of `kept.KeptAttention`; null for nothing.
+    "kept_attention": None,
     # The transformers versions that the model was verified with: {"min": …, "max": …}.
     "verified_transformers": None,
     # The version of relinear that wrote the folder.
@@ -70,20 +72,28 @@ def config_class(base: type, name: str, module: str) -> type:
 
 
 @cache
-def _view_class(kind: Any) -> Any:
-    types = property(lambda self: self.attention_types)
-    return type(kind)(kind.__name__, (kind,), {"layer_types": types, "__module__": kind.__module__})
+def _view_class(kind: Any, values: tuple[tuple[str, Any], ...]) -> Any:
+    """A config class in which some attributes are fixed; None stands for the teacher's kinds of attention."""
+
+    def fixed(value: Any) -> property:
+        return property(lambda self: self.attention_types if value is None else value)
+
+    return type(kind)(kind.__name__, (kind,), {"__module__": kind.__module__} | {k: fixed(v) for k, v in values})
+
+
+def config_view(config: Any, **values: Any) -> Any:
+    """The same configuration, in which these attributes read otherwise. No copy: what is set on one is set on both."""
+    made = object.__new__(_view_class(type(config), tuple(values.items())))
+    object.__setattr__(made, "__dict__", config.__dict__)
+    return made
 
 
 def family_view(config: Any) -> Any:
-    """The same configuration as the family's own code must see it: `layer_types` name attention only.
+    """The configuration as the family's own code must see it: `layer_types` name attention only.
 
-    That code looks up masks, rotary embeddings and windows by these names, for every layer. The view is no copy: what
-    is set on one is set on the other.
+    That code looks up masks, rotary embeddings and windows by these names, for every layer.
     """
-    made = object.__new__(_view_class(type(config)))
-    object.__setattr__(made, "__dict__", config.__dict__)
-    return made
+    return config_view(config, layer_types=None)
 
 
 def mixer_plan(config: Any) -> dict[int, tuple[str, dict[str, Any]]]:

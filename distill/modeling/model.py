@@ -10,8 +10,9 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_recurrent_attention_mask, find_packed_sequence_indices
 
 from ...mixers.base import Mixer, MixerInputs
-from .cache import install_mixer_layers
+from .cache import install_layers
 from .config import family_view, geometry, is_first, mixer_plan
+from .kept import change_attention, kept_attention, kept_inputs, windows_of
 
 
 class Family(NamedTuple):
@@ -97,8 +98,14 @@ def model_classes(
             super().__init__(family_view(config))  # pyright: ignore[reportCallIssue]
             built = build_mixers(config, mixers)
             self.mixer_layers = sorted(built)
+            layers = getattr(self, family.layers)
             for layer, mixer in built.items():
-                setattr(getattr(self, family.layers)[layer], family.attention, mixer)
+                setattr(layers[layer], family.attention, mixer)
+            kept = {i: getattr(block, family.attention) for i, block in enumerate(layers) if i not in built}
+            self.kept_attention = kept_attention(config)
+            self.windows = windows_of(config, sorted(kept), self.kept_attention)
+            if self.kept_attention is not None:
+                change_attention(kept, self.kept_attention, self.windows)
             # Matched as substrings of parameter names: with the module in front, nothing else can match.
             self._keep_in_fp32_modules_strict = {
                 f"{family.attention}.{name}" for mixer in built.values() for name in mixer.fp32_parameter_names()
@@ -116,7 +123,7 @@ def model_classes(
             **kwargs: Any,
         ) -> Any:
             """The family's forward, with a mixer's cache layers, padding and document borders seen to."""
-            if not self.mixer_layers:
+            if not self.mixer_layers and self.kept_attention is None:
                 return super().forward(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
@@ -136,10 +143,22 @@ def model_classes(
             if use_cache and past_key_values is None:
                 past_key_values = DynamicCache(config=self.config)
             if past_key_values is not None:
-                install_mixer_layers(past_key_values, self.mixer_layers)
+                install_layers(past_key_values, self.mixer_layers, self.windows)
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             arange = torch.arange(given.shape[1], device=given.device)[None] + seen
             positions = arange if position_ids is None else position_ids
+            if self.kept_attention is not None:
+                kwargs["kept_inputs"] = kept_inputs(
+                    self.config,
+                    self.kept_attention,
+                    self.windows,
+                    given,
+                    self.dtype,
+                    attention_mask,
+                    past_key_values,
+                    position_ids,
+                    arange,
+                )
             return super().forward(
                 input_ids=input_ids,
                 attention_mask=self._attention_masks(given, attention_mask),
@@ -155,8 +174,8 @@ def model_classes(
             """What the family's own forward takes as its mask, for the layers where attention stays."""
             types = self.config.attention_types
             kept = [kind for layer, kind in enumerate(types) if layer not in self.mixer_layers]
-            if not kept:
-                # No layer reads a mask. A tensor of four dimensions tells transformers not to make one.
+            if not kept or self.windows:
+                # No layer reads this mask. A tensor of four dimensions tells transformers not to make one.
                 none = given.new_empty((1, 1, 1, 1), dtype=torch.float32)
                 return dict.fromkeys(types, none) if family.masks_by_type else none
             if isinstance(attention_mask, dict):
@@ -196,14 +215,15 @@ def model_classes(
         def _prepare_cache_for_generation(
             self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
         ) -> Any:
-            """Have a mixer's layers in the cache before generate first asks for its length."""
+            """Have the model's own layers in the cache before generate first asks for its length."""
             config, self.config = self.config, family_view(self.config)
             try:
                 made = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             finally:
                 self.config = config
             if model_kwargs.get("past_key_values") is not None:
-                install_mixer_layers(model_kwargs["past_key_values"], getattr(self, family.backbone).mixer_layers)
+                backbone = getattr(self, family.backbone)
+                install_layers(model_kwargs["past_key_values"], backbone.mixer_layers, backbone.windows)
             return made
 
         @staticmethod

@@ -194,6 +194,8 @@ class MixerSpec:
     paper: ClassVar[str]
     options: ClassVar[type[MixerOptions]]
     aliases: ClassVar[tuple[str, ...]] = ()
+    softmax: ClassVar[bool] = False
+    """All of the layer's output is softmax attention, scaled and capped as the teacher's."""
 
     @staticmethod
     def layer_type(options: Any) -> str:

@@ -25,6 +25,7 @@ class SWASpec(MixerSpec):
     paper = "https://arxiv.org/abs/2309.17453"
     options = SWAOptions
     aliases = ("sliding-window", "sliding_window", "streaming-llm", "lighttransfer")
+    softmax = True
 
     @staticmethod
     def reach(options: SWAOptions) -> int | None:

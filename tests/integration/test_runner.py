@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from relinear.distill import files
 from relinear.distill.errors import MachineError, UserError
+from relinear.distill.export import export
 from relinear.launch.main import main
 from relinear.recipes import loader, runner
 
@@ -160,6 +161,19 @@ def test_a_hybrid_starts_from_aligned_mixers(first: Path, teacher: Path, story_f
     torch.testing.assert_close(
         made["model.layers.2.self_attn.q_proj.weight"], aligned["2.q_proj.weight"], rtol=0, atol=1e-6
     )
+
+
+def test_kept_attention_is_changed_from_glue_on(teacher: Path, story_file: Path, tmp_path: Path) -> None:
+    changes = ["layers.keep=1", "layers.attention.rope=false", "layers.attention.window=16", "stages.align.tokens=1k"]
+    runner.run(recipe(teacher, story_file, tmp_path / "run", *changes))
+    config = json.loads((tmp_path / "run" / "export" / "config.json").read_text())
+    assert config["kept_attention"] == {"rope": False, "logit_scale": None, "window": 16}
+    again = export(tmp_path / "run", "last", tmp_path / "again")
+    assert json.loads((again / "config.json").read_text())["kept_attention"] == config["kept_attention"]
+    # Before glue the kept layer is as it was, and the mixers know nothing of it.
+    runner.run(recipe(teacher, story_file, tmp_path / "plain", "layers.keep=1", "stages.align.tokens=1k"))
+    measured, plain = (json.loads((tmp_path / n / "result.json").read_text())["measured"] for n in ("run", "plain"))
+    assert measured["align"]["kl"] == plain["align"]["kl"]
 
 
 def test_a_run_of_another_teacher_is_refused(first: Path, make_teacher: Any, story_file: Path, tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from relinear.distill.families import FAMILIES
-from relinear.distill.family import Family
+from relinear.distill.family import Family, lost
 from relinear.distill.teacher import load_teacher, split_attention
+from relinear.mixers import registry
+from relinear.mixers.specs.base import Geometry
 from relinear.recipes import loader
 from relinear.recipes import plan as planner
 
@@ -132,6 +134,23 @@ def test_counts_are_those_of_the_real_model(family: Family, make_teacher: Callab
     rows = {row.name: row.origin for row in plan.tensors[0].rows}
     assert rows["o_proj.weight"] == family.origin("o_proj.weight")
     assert any("caps its scores" in note for note in plan.notes) == (family.name == "gemma2")
+
+
+@pytest.mark.parametrize(
+    ("mixer", "options", "said"),
+    [
+        ("gated_deltanet", {}, "has no softmax and no such cap"),
+        ("gated_deltanet", {"window": 16}, "does so in its window, its linear part has no such cap"),
+        ("swa", {}, None),
+    ],
+)
+def test_a_cap_on_scores_is_never_dropped_silently(mixer: str, options: dict[str, Any], said: str | None) -> None:
+    spec = registry.spec(mixer)
+    capped = Geometry(32, 4, 2, 8, softcap=50.0)
+    notes = lost(spec, capped, spec.options.parse(options))
+    assert len(notes) == (said is not None)
+    assert not said or (said in notes[0] and "caps its scores at 50" in notes[0] and mixer in notes[0])
+    assert not lost(spec, Geometry(32, 4, 2, 8), spec.options.parse(options))
 
 
 def test_experts_cost_memory_all_and_flops_by_the_active_ones(make_teacher: Callable[..., Path]) -> None:

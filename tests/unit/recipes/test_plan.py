@@ -100,6 +100,21 @@ def test_hybrid_cache_and_sliding_windows(folder):
     assert (tokens, teacher) == (32768, 2 * 512 * 2 * (20 * 32768 + 8 * 4096))
 
 
+def test_kept_attention_that_is_changed(folder):
+    plain = made(folder(TINY), "layers.keep=1,3")
+    plan = made(folder(TINY), "layers.keep=1,3", "layers.attention.window=64", "layers.attention.logit_scale=500")
+    state = plain.cache[0][2] - 2 * 2 * 32 * plain.cache[0][0] * 4
+    for tokens, teacher, student in plan.cache:
+        assert teacher == 5 * 2 * 32 * tokens * 4
+        assert student == state + 2 * 2 * 32 * 64 * 4
+    assert plan.stage("align").flops == plain.stage("align").flops
+    assert plan.stage("glue").flops < plain.stage("glue").flops
+    assert "kept attention from glue on: scores × log_500(t + 500), window 64" in planner.render(plan)
+    assert plan.to_dict()["layers"]["kept_attention"] == {"rope": True, "logit_scale": 500.0, "window": 64}
+    nothing = made(folder(TINY), "layers.convert=all", "layers.attention.rope=false").notes
+    assert "layers.attention: no layer keeps its attention, so it changes nothing" in nothing
+
+
 @pytest.mark.parametrize("mixer", ["rwkv7", "gated_deltanet"])
 def test_counts_are_those_of_the_real_model(any_teacher: Path, mixer: str):
     from transformers import AutoModelForCausalLM

@@ -62,9 +62,25 @@ def test_rules_hold_without_the_loader():
         Recipe.model_validate(MINIMAL | {"stages": [{"transfer": {}}, {"glue": {"tokens": 9, "micro_batch": 5}}]})
 
 
+def test_changing_kept_attention_needs_a_stage_that_trains_it():
+    layers = {"mixer": "rwkv7", "keep": [1], "attention": {"window": 64}}
+    assert Recipe.model_validate(MINIMAL | {"layers": layers}).layers.attention.changes() == {
+        **{"rope": True, "logit_scale": None, "window": 64}
+    }
+    short = {"layers": layers, "stages": [{"transfer": {}}, {"align": {"tokens": 9}}]}
+    with pytest.raises(ValidationError, match="changed when glue begins, and there is no glue stage"):
+        Recipe.model_validate(MINIMAL | short)
+    same = {"layers": {**layers, "attention": {"rope": True, "window": None}}, "stages": short["stages"]}
+    assert Recipe.model_validate(MINIMAL | same).layers.attention.changes() is None
+    for wrong in ({"logit_scale": 1.0}, {"window": 1}, {"rope": None}, {"nope": True}):
+        with pytest.raises(ValidationError):
+            Recipe.model_validate(MINIMAL | {"layers": {**layers, "attention": wrong}})
+
+
 def test_rules_skip_what_is_malformed():
     for raw in (
         None,
+        {"layers": {"attention": 3}, "stages": [None]},
         [],
         {"layers": 3, "data": [], "stages": {}},
         {"stages": [None, {}, {"glue": 3}, {"a": 1, "b": 2}]},
