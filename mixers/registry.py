@@ -18,6 +18,7 @@ _MIXERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "swa": ("SWASpec", "SWA", ("sliding-window", "sliding_window", "streaming-llm", "lighttransfer")),
     "hedgehog": ("HedgehogSpec", "Hedgehog", ("lolcats", "hedgehog-swa")),
     "liger": ("LigerSpec", "Liger", ("liger-gla", "liger_gla")),
+    "gla": ("GLASpec", "GLA", ("gated-linear-attention", "gated_linear_attention")),
     "identity": ("IdentitySpec", "Identity", ("no-mixing", "no_mixing")),
 }
 
