@@ -15,6 +15,7 @@ from .common import Json, examples
 if TYPE_CHECKING:
     from ...recipes.bench_ops import Settings
 
+Threads = Annotated[int, typer.Option(min=1, help="Threads of torch; more than there are idle cores slow it down.")]
 app = typer.Typer(
     help="Measure speed as ratios within one run.",
     no_args_is_help=True,
@@ -75,7 +76,7 @@ def ops(
     batches: Annotated[str, typer.Option(metavar="N,N", help="Rows, of one decoded token.")] = "1,8,64",
     heads: Annotated[int, typer.Option(min=1, help="Heads of every op.")] = 8,
     head_dim: Annotated[int, typer.Option(min=1, help="Width of a head's keys and values.")] = 64,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
+    threads: Threads = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Turns at most; both sides are timed once in each.")] = 7,
     max_seconds: Annotated[
         float, typer.Option(min=1, metavar="S", help="Skip what takes longer than this, all turns included.")
@@ -155,6 +156,7 @@ def decode(
     prefill: Annotated[
         int, typer.Option(min=1, metavar="N", help="Tokens that run for real where layers keep keys and values.")
     ] = 2048,
+    threads: Threads = 1,
     json: Json = False,
 ) -> None:
     """Compare time per decoded token and cache between contexts.
@@ -163,9 +165,13 @@ def decode(
     tokens enters as zeros, which changes neither time nor bytes; so may a context be longer than a model was made for.
     """
     wanted = _counts("--lengths", lengths, "1Ki,32Ki", least=2)
+    import torch
+
     from ...distill.teacher import load_model
     from ...eval.speed import decode as measure
     from ...recipes.teacher_config import locate
+
+    torch.set_num_threads(threads)
 
     names = {"model": folder} if against is None else {"student": folder, "teacher": against}
     with only_talk():
