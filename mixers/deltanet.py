@@ -21,7 +21,7 @@ from .specs.heads import chunk_length
 class DeltaRule(AttentionMixer):
     """Keys of unit length, and values that replace what the state holds under a key, by a strength per head and token.
 
-    A subclass gives the log-decay that the state has before each write, and its recurrence.
+    A subclass gives the gates of its recurrence.
     """
 
     op: ClassVar[Op] = OP
@@ -40,9 +40,13 @@ class DeltaRule(AttentionMixer):
             return torch.ones(row.shape)
         return super().initial(row, generator)
 
-    def log_decay(self, x: torch.Tensor) -> torch.Tensor | None:
-        """What the recurrence takes as g, from the layer input x (B, T, D), in fp32; None without decay."""
+    def gates(self, x: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """What the recurrence takes beside queries, keys and values, in fp32, from the layer input x (B, T, D)."""
         raise NotImplementedError
+
+    def strength(self, x: torch.Tensor) -> torch.Tensor:
+        """The share of a value that is written at once, (B, T, H), in fp32."""
+        return wide(self.b_proj(x)).sigmoid()
 
     def recurrence(
         self,
@@ -58,9 +62,8 @@ class DeltaRule(AttentionMixer):
         q = unit(q) if options.unit_q else wide(q) * self.geometry.query_scale
         if options.out_norm == "none":
             q = q * self.q_scale[:, None]
-        beta = wide(self.b_proj(x)).sigmoid()
         chunk = chunk_length(self.geometry.head_dim, options.chunk)
-        heads = (q, self.repeat(unit(k)), self.repeat(v), self.log_decay(x), beta)
+        heads = (q, self.repeat(unit(k)), self.repeat(v), *self.gates(x))
         return run(self.op, options.form, chunk, *heads, where=inputs, state=state)
 
 
@@ -79,6 +82,6 @@ class DeltaNet(DeltaRule):
         super().__init__(geometry, options, layer_idx, num_layers, first)
         self.reset_parameters()
 
-    def log_decay(self, x: torch.Tensor) -> None:
-        """See the base class: nothing is forgotten but what is overwritten."""
-        return None
+    def gates(self, x: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """See the base class: no decay, as nothing is forgotten but what is overwritten."""
+        return None, self.strength(x)

@@ -43,9 +43,9 @@ class GatedDeltaNet(DeltaRule):
             return inverse_softplus(spread_rates(row.shape[0], self.options.half_life_min, self.options.half_life_max))
         return super().initial(row, generator)
 
-    def log_decay(self, x: torch.Tensor) -> torch.Tensor:
-        """See the base class: (B, T, H)."""
-        return bounded_decay(self.A_log, self.a_proj(x), self.dt_bias)
+    def gates(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """See the base class: log-decay and write strength, both (B, T, H)."""
+        return bounded_decay(self.A_log, self.a_proj(x), self.dt_bias), self.strength(x)
 
 
 def spread_rates(count: int, shortest: float, longest: float) -> torch.Tensor:

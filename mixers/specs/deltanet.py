@@ -40,9 +40,9 @@ def delta_flops(geometry: Geometry, options: DeltaOptions) -> int:
     d, heads = geometry.head_dim, geometry.num_heads
     chunk = chunk_length(d, options.chunk)
     flops = head_flops(geometry, options) + output_flops(geometry, options) + 2 * geometry.hidden_size * heads
-    # Per token and head: scores, solve (half a square), writes, reads inside; reads of the state, scan over chunks.
-    inside = 2 * chunk * 2 * d + chunk * 2 * d + 2 * d * 2 * d + 2 * chunk * 2 * d
-    return flops + heads * (inside + 2 * d * d + 2 * d**3 // chunk)
+    # Per token and head: scores of k and q, a chunk's inverse and what it makes of values, reads inside; what the
+    # state recalls, what is written to it, what is read of it.
+    return flops + heads * (4 * chunk * d + chunk * chunk + 4 * chunk * d + 6 * d * d)
 
 
 class DeltaNetSpec(MixerSpec):
