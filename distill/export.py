@@ -177,6 +177,10 @@ def _write_config(folder: Path, dtype: str) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config["architectures"] = ["RelinearForCausalLM"]
     config["auto_map"] = auto_map()
+    for settings in (config.get("mixers") or {}).values():
+        for options in (settings, *settings.get("layers", {}).values()):
+            if options.get("form") == "fused":  # asked for where it was trained; who loads it may not have them
+                options["form"] = "auto"
     config["dtype"] = dtype
     config["relinear_version"] = __version__
     config["verified_transformers"] = {"min": transformers.__version__, "max": transformers.__version__}

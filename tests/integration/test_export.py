@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def test_modelling_files_need_only_torch_and_transformers(export: Path) -> None:
 
     files = sorted(export.glob("*.py"))
     assert {"configuration_relinear.py", "modeling_relinear.py"} < {file.name for file in files}
-    allowed = {"__future__", "dataclasses", "typing", "math", "sys", "torch", "transformers", "collections", "functools"}
+    allowed = {*sys.stdlib_module_names, "torch", "transformers"}
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level:
@@ -121,6 +122,13 @@ def test_bfloat16_export_keeps_decays(llama: Path, tmp_path: Path) -> None:
     for name, value in load_file(tmp_path / "low" / "model.safetensors").items():
         kept = ".self_attn." in name and name.split("self_attn.")[1] in keep
         assert value.dtype == (torch.float32 if kept else torch.bfloat16), name
+
+
+def test_kernels_asked_for_in_training_are_not_asked_of_who_loads_it(llama: Path, tmp_path: Path) -> None:
+    plan = {1: ("rwkv7", {"form": "fused"}), 2: ("gated_deltanet", {"form": "fused"}), 3: ("gated_deltanet", {})}
+    out = export_student(converted(llama, plan), llama, tmp_path / "export")
+    assert "fused" not in (out / "config.json").read_text()
+    load_model(out)[0](torch.arange(3, 20)[None])
 
 
 def test_an_export_is_not_overwritten_by_accident(export: Path, llama: Path) -> None:
