@@ -19,6 +19,7 @@ _MIXERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "hedgehog": ("HedgehogSpec", "Hedgehog", ("lolcats", "hedgehog-swa")),
     "liger": ("LigerSpec", "Liger", ("liger-gla", "liger_gla")),
     "gla": ("GLASpec", "GLA", ("gated-linear-attention", "gated_linear_attention")),
+    "lightning": ("LightningSpec", "Lightning", ("lightning-attention", "lightning_attention", "retnet", "halo")),
     "identity": ("IdentitySpec", "Identity", ("no-mixing", "no_mixing")),
 }
 
