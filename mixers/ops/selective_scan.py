@@ -145,9 +145,10 @@ class _Scan(torch.autograd.Function):
         for tokens in _pieces(length, batch * channels * size, chunk):
             x_, dt_ = (_part(part, tokens, chunk, groups, h.dtype).unsqueeze(-2) for part in (x, dt))
             B_, C_ = (_part(part.flatten(2), tokens, chunk, groups, h.dtype) for part in (B, C))
-            decay = _decays(dt_, A_, _marks(keep, tokens, chunk))
+            marks = _marks(keep, tokens, chunk)
+            decay = _decays(dt_, A_, marks)
             states = B_[..., None] * (dt_ * x_)
-            before, state = _between(decay, states, state)
+            before, state = _between(decay, states, _whole_decays(dt_, A_, marks), state)
             saved.append(before)
             _run(decay, states, before)
             y[:, tokens] = _whole(torch.matmul(C_.unsqueeze(-2), states), tokens)
@@ -174,13 +175,14 @@ class _Scan(torch.autograd.Function):
             for tokens, before in zip(reversed(pieces), reversed(saved), strict=True):
                 x_, dt_, gy = (_part(part, tokens, chunk, groups, flow.dtype).unsqueeze(-2) for part in (x, dt, grad_y))
                 B_, C_ = (_part(part.flatten(2), tokens, chunk, groups, flow.dtype) for part in (B, C))
-                decay = _decays(dt_, A_, _marks(keep, tokens, chunk))
+                marks = _marks(keep, tokens, chunk)
+                decay = _decays(dt_, A_, marks)
                 sent = dt_ * x_
                 states = B_[..., None] * sent
                 _run(decay, states, before)
                 grad_C[:, tokens] = _whole(torch.matmul(states, gy.mT), tokens).unflatten(-1, (groups, size))
                 gh = C_[..., None] * gy
-                flow = _run_back(decay, gh, flow)
+                flow = _run_back(decay, gh, _whole_decays(dt_, A_, marks), flow)
                 grad_B[:, tokens] = _whole(torch.matmul(gh, sent.mT), tokens).unflatten(-1, (groups, size))
                 g_sent = torch.matmul(B_.unsqueeze(-2), gh)
                 # The gradient of the exponent dt A is gh * decay * the state before.
@@ -228,11 +230,19 @@ def _decays(dt: torch.Tensor, A: torch.Tensor, marks: torch.Tensor | None) -> to
     return decay if marks is None else decay.mul_(marks)
 
 
-def _between(decay: torch.Tensor, written: torch.Tensor, first: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _whole_decays(dt: torch.Tensor, A: torch.Tensor, marks: torch.Tensor | None) -> torch.Tensor:
+    """(n, B, G, N, J): what a chunk leaves of the state."""
+    decay = (dt.sum(0) * A).exp_()
+    return decay if marks is None else decay.mul_(marks.amin(0))
+
+
+def _between(
+    decay: torch.Tensor, written: torch.Tensor, whole: torch.Tensor, first: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """States before each chunk (n, B, G, N, J) and after the last one, from what each token adds."""
-    ends, whole = written[0], decay[0]
+    ends = written[0]
     for keeps, adds in zip(decay.unbind()[1:], written.unbind()[1:], strict=True):
-        ends, whole = torch.addcmul(adds, keeps, ends), whole * keeps
+        ends = torch.addcmul(adds, keeps, ends)
     states = [first]
     for keeps, adds in zip(whole.unbind(), ends.unbind(), strict=True):
         states.append(torch.addcmul(adds, keeps, states[-1]))
@@ -245,14 +255,14 @@ def _run(decay: torch.Tensor, written: torch.Tensor, before: torch.Tensor) -> No
         before = state.addcmul_(keeps, before)
 
 
-def _run_back(decay: torch.Tensor, grads: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+def _run_back(decay: torch.Tensor, grads: torch.Tensor, whole: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
     """Turns the gradients that outputs send to the states into all that reaches them; returns what leaves at the start.
 
     `last` (B, G, N, J) comes from after the last chunk.
     """
-    flows, whole = grads[-1] * decay[-1], decay[-1]
+    flows = grads[-1] * decay[-1]
     for keeps, grad in zip(reversed(decay.unbind()[:-1]), reversed(grads.unbind()[:-1]), strict=True):
-        flows, whole = (grad + flows).mul_(keeps), whole * keeps
+        flows.add_(grad).mul_(keeps)
     after = [last]
     for keeps, flow in zip(reversed(whole.unbind()), reversed(flows.unbind()), strict=True):
         after.append(torch.addcmul(flow, keeps, after[-1]))
