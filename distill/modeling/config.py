@@ -66,6 +66,9 @@ def config_class(base: type, name: str, module: str) -> type:
         "model_type": "relinear",
         # Rotary settings may stand under the kinds of attention, also those that no layer has any more.
         "_rope_type_labels": property(lambda self: self.attention_types),
+        # Of a view (see `config_view`): the class that it is a view of, and what reads otherwise.
+        "_view": None,
+        "__reduce_ex__": _reduce,
         **FIELDS,
     }
     return type(base)(name, (base,), body)
@@ -78,14 +81,26 @@ def _view_class(kind: Any, values: tuple[tuple[str, Any], ...]) -> Any:
     def fixed(value: Any) -> property:
         return property(lambda self: self.attention_types if value is None else value)
 
-    return type(kind)(kind.__name__, (kind,), {"__module__": kind.__module__} | {k: fixed(v) for k, v in values})
+    body: dict[str, Any] = {name: fixed(value) for name, value in values}
+    return type(kind)(kind.__name__, (kind,), {"__module__": kind.__module__, "_view": (kind, values), **body})
 
 
 def config_view(config: Any, **values: Any) -> Any:
     """The same configuration, in which these attributes read otherwise. No copy: what is set on one is set on both."""
-    made = object.__new__(_view_class(type(config), tuple(values.items())))
-    object.__setattr__(made, "__dict__", config.__dict__)
+    kind, before = config._view or (type(config), ())
+    return _restore(kind, tuple({**dict(before), **values}.items()), config.__dict__)
+
+
+def _restore(kind: Any, values: tuple[tuple[str, Any], ...], state: dict[str, Any]) -> Any:
+    made = object.__new__(_view_class(kind, values) if values else kind)
+    object.__setattr__(made, "__dict__", state)
     return made
+
+
+def _reduce(self: Any, protocol: Any) -> Any:
+    """For copies and pickles: a model's config and the views of it share their state there too."""
+    kind, values = self._view or (type(self), ())
+    return _restore, (kind, values, self.__dict__)
 
 
 def family_view(config: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -178,6 +179,20 @@ def test_each_change_by_itself_and_none(llama: Path, tmp_path: Path) -> None:
     again, _ = load_model(tmp_path / "export")
     assert again.config.kept_attention == KEPT
     assert torch.equal(again(ids()).logits, student(ids()).logits)
+
+
+@torch.no_grad()
+def test_a_copy_stands_by_itself(llama: Path) -> None:
+    teacher = load_teacher(llama)
+    student = assemble(teacher, transfer(teacher, {1: (MIXER, {})})[0], KEPT)
+    wanted = student(ids()).logits
+    copied = copy.deepcopy(student)
+    copied.set_attn_implementation("eager")
+    torch.testing.assert_close(copied(ids()).logits, wanted, rtol=1e-4, atol=1e-4)
+    assert copied.config.layer_types == student.config.layer_types != copied.model.config.layer_types
+    assert student.model.layers[0].self_attn.config._attn_implementation_internal == "sdpa"
+    copied.config.use_cache = False
+    assert not copied.model.config.use_cache and student.config.use_cache
 
 
 @torch.no_grad()
