@@ -30,6 +30,7 @@ from relinear.distill.loop import StageSettings, run_stage
 from relinear.distill.modeling.cache import MixerCacheLayer
 from relinear.distill.student import assemble, transfer
 from relinear.distill.teacher import Teacher, load_model, load_teacher
+from relinear.eval.logits import ChosenLogits
 from relinear.mixers.base import MixerInputs
 
 MIXER = "gated_deltanet"
@@ -278,6 +279,19 @@ def test_glue_sees_the_models_own_logits(teacher: Teacher, student: Any) -> None
         labels = batch.input_ids[:, 1:][counted]
         torch.testing.assert_close(made["kl"], (log_q.exp() * (log_q - log_p)).sum(-1).mean(), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(made["ce"], cross_entropy(log_p, labels), rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_evaluation_knows_the_head(teacher: Teacher, student: Any) -> None:
+    """Logits are made a few positions at a time, with the scale or cap that the model puts on them."""
+    batch = Batches().next_batch()
+    for model in (teacher.model, student):
+        chosen = ChosenLogits(model, batch)
+        assert chosen.by_head and chosen.packs
+        chosen.run(batch)
+        rows, columns = torch.tensor([0, 2, 3]), torch.tensor([1, 20, 7])
+        whole = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+        torch.testing.assert_close(chosen.at(rows, columns), whole[rows, columns])
 
 
 @pytest.mark.parametrize("train", ["no-ffn", "mixers+norms"])
