@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from relinear.distill.errors import UserError
 from relinear.distill.families import FAMILIES
 from relinear.distill.family import Family, lost
+from relinear.distill.student import transfer
 from relinear.distill.teacher import load_teacher, split_attention
 from relinear.mixers import registry
 from relinear.mixers.specs.base import Geometry
@@ -151,6 +153,16 @@ def test_a_cap_on_scores_is_never_dropped_silently(mixer: str, options: dict[str
     assert len(notes) == (said is not None)
     assert not said or (said in notes[0] and "caps its scores at 50" in notes[0] and mixer in notes[0])
     assert not lost(spec, Geometry(32, 4, 2, 8), spec.options.parse(options))
+
+
+def test_a_mixer_that_cannot_serve_is_refused_before_work(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = registry.spec("gated_deltanet")
+    monkeypatch.setattr(spec, "refusal", staticmethod(lambda geometry, options: "its heads are odd; take swa"))
+    message = "layer 1: gated_deltanet cannot replace this attention: its heads are odd; take swa"
+    with pytest.raises(UserError, match=message):
+        transfer(load_teacher(llama), {1: ("gated_deltanet", {})})
+    with pytest.raises(UserError, match=message):
+        planner.plan(loader.load("gated_deltanet", [f"teacher.model={llama}", "data.source=x", "layers.convert=[1]"]))
 
 
 def test_experts_cost_memory_all_and_flops_by_the_active_ones(make_teacher: Callable[..., Path]) -> None:
