@@ -20,6 +20,7 @@ _MIXERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "liger": ("LigerSpec", "Liger", ("liger-gla", "liger_gla")),
     "gla": ("GLASpec", "GLA", ("gated-linear-attention", "gated_linear_attention")),
     "lightning": ("LightningSpec", "Lightning", ("lightning-attention", "lightning_attention", "retnet", "halo")),
+    "mamba2": ("Mamba2Spec", "Mamba2", ("mamba-2", "ssd", "mohawk")),
     "identity": ("IdentitySpec", "Identity", ("no-mixing", "no_mixing")),
 }
 
