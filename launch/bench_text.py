@@ -18,12 +18,12 @@ def ops_text(result: dict[str, Any]) -> str:
         for title, rows, header in (
             ("Forward and backward, each op alone", alone, ("op", "tokens", "µs/token", "bytes/token", "note")),
             (
-                "Forward and backward: their time over ours, and the most memory held",
+                "Forward and backward: their time over ours (all turns), and the most memory held",
                 sequence,
                 ("op", "baseline", "tokens", "ratio", "ours", "theirs", "our memory", "their memory", "error", "note"),
             ),
             (
-                "One token: their time over ours, and bytes allocated beyond the output",
+                "One token: their time over ours (middle half of the turns), and bytes allocated beyond the output",
                 step,
                 ("op", "baseline", "rows", "ratio", "ours", "theirs", "bytes", "error", "note"),
             ),
@@ -75,7 +75,8 @@ def _step(row: dict[str, Any]) -> tuple[str, ...]:
         return ("", f"{row['ours_us']:.0f} µs", "", str(row["extra_bytes"]), "", "")
     if not row.get("agrees"):
         return ("–", "–", "–", "", _error(row), _reason(row))
-    return (_spread(row, "ratio"), f"{row['ours_us']:.0f} µs", f"{row['theirs_us']:.0f} µs", "", _error(row), "")
+    ratio = f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
+    return (ratio, f"{row['ours_us']:.0f} µs", f"{row['theirs_us']:.0f} µs", "", _error(row), "")
 
 
 def _spread(row: dict[str, Any], name: str) -> str:

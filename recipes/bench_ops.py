@@ -69,7 +69,7 @@ def measure(settings: Settings, progress: Callable[[str], None] = lambda line: N
     """
     result: dict[str, Any] = {
         "settings": settings._asdict(),
-        "environment": checkpoint.environment(),
+        "environment": checkpoint.environment() | {"threads": settings.threads},
         "tolerance": TOLERANCE,
         "alone": [],
         "sequence": [],

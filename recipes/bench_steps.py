@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid, softplus
 
 from . import bench_baselines as baselines
 from .bench_cases import MAMBA_STATE, Shape, Tensors, _Draw, inputs, same
-from .bench_measure import TOLERANCE, allocated_bytes, relative_error, spread, turns
+from .bench_measure import TOLERANCE, allocated_bytes, relative_error, turns
 
 STEPS = 16  # steps per turn and side: short turns, and many, so that a slow spell touches both sides
 TURNS = 10  # turns here for each turn of a whole sequence
@@ -201,8 +201,9 @@ def compare_step(case: Step, repeats: int, seconds: float) -> dict[str, Any]:
 
     Returns:
         {"error" (largest relative error of the output over `STEPS` steps from the same state), "agrees", "turns",
-        "ratio" (theirs over ours within a turn: median, with "ratio_min", "ratio_max"), "ours_us", "theirs_us"
-        (medians, per step)}. A pair that does not agree has no more than the first two.
+        "ratio" (theirs over ours within a turn: median, with the quartiles "ratio_low" and "ratio_high": a turn is so short
+        that one interruption is all of it), "ours_us", "theirs_us" (medians, per step)}. A pair that does not
+        agree has no more than the first two.
     """
     prepared = case.prepare(*case.inputs)
     mine, other = copied(case.state), case.prepare_state(copied(case.state))
@@ -228,11 +229,14 @@ def compare_step(case: Step, repeats: int, seconds: float) -> dict[str, Any]:
         fresh[:] = [copied(case.inputs) for _ in range(STEPS)]  # a step may overwrite its inputs
 
     seen = turns([ours, theirs], repeats * TURNS, seconds, before=refresh)
+    ratios = sorted(b / a for a, b in zip(*seen, strict=True))
     return {
         "error": error,
         "agrees": True,
-        "turns": len(seen[0]),
-        **spread("ratio", [b / a for a, b in zip(*seen, strict=True)]),
+        "turns": len(ratios),
+        "ratio": statistics.median(ratios),
+        "ratio_low": ratios[len(ratios) // 4],
+        "ratio_high": ratios[3 * len(ratios) // 4],
         "ours_us": statistics.median(seen[0]) * 1e6 / STEPS,
         "theirs_us": statistics.median(seen[1]) * 1e6 / STEPS,
     }

@@ -21,7 +21,7 @@ LATER = {"op": "gla", "baseline": "theirs", "length": 8192, "note": "skipped: ta
 STEP = {"op": "gla", "baseline": None, "batch": 8, "ours_us": 40.0, "turns": 3, "extra_bytes": 12}
 STEPS = {
     "op": "gla", "baseline": "theirs", "batch": 64, "error": 1e-7, "agrees": True, "turns": 3, "ratio": 4.0,
-    "ratio_min": 3.0, "ratio_max": 5.0, "ours_us": 100.0, "theirs_us": 400.0,
+    "ratio_low": 3.0, "ratio_high": 5.0, "ours_us": 100.0, "theirs_us": 400.0,
 }  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def test_both_sides_of_a_sequence_compute_the_same(pair):
 def test_both_sides_of_a_step_compute_the_same(pair):
     found = bench_steps.compare_step(bench_steps.STEP_CASES[pair](TOKEN), repeats=1, seconds=1)
     assert found["agrees"] and found["error"] < 2e-5
-    assert found["ratio_min"] <= found["ratio"] <= found["ratio_max"]
+    assert found["ratio_low"] <= found["ratio"] <= found["ratio_high"]
 
 
 @pytest.mark.parametrize("op", bench_ops.OPS)
