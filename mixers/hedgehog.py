@@ -16,7 +16,7 @@ from .specs.hedgehog import HedgehogOptions, HedgehogSpec, feature_size
 
 
 class Hedgehog(AttentionMixer):
-    """o = [gamma sum_near e^(q.k - c) v + sum_far (phi(q) . phi(k)) v] / [the same without v], gamma = sigmoid(weight).
+    """o = [w sum_near e^(q.k - c) v + (1 - w) sum_far (phi(q) . phi(k)) v] / [the same without v], w per head.
 
     phi(y) = softmax over channels of (W y) and of (-W y), with a W per head and apart for queries and keys. Exact
     equations and initial values: docs/reference/mixers/hedgehog.md.
@@ -65,7 +65,7 @@ class Hedgehog(AttentionMixer):
         q, k, v, buffers = self.project(x, inputs, past[self.states] if past and options.conv else None)
         turned = self.turn(q, k, rotary)
         mapped = self.features(*(turned if options.rope else (q, k)))
-        heads = (*turned, v, *mapped, wide(self.window_weight).sigmoid())
+        heads = (*turned, v, *mapped, wide(self.window_weight).exp())
         settings = (options.window, geometry.query_scale, geometry.softcap)
         o, new = run(
             OP, options.form, options.chunk, *heads, *settings, where=inputs, state=past[: self.states] or None

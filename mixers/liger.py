@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, pad
 
 from .base import MixerInputs, State
 from .heads import AttentionMixer, wide
@@ -16,11 +16,15 @@ from .specs.liger import LigerOptions, LigerSpec
 LOG_DECAY_FLOOR = -5.0
 """One step keeps at least 0.7 % of a channel: what the chunked forms allow. Reached at keys below -80."""
 
+LEAST_WEIGHT = 1e-6
+"""Added to the sum of weights, which softmaxes of far-apart queries and keys let underflow."""
+
 
 class Liger(AttentionMixer):
     """S_t = diag(e^{g_t}) S_{t-1} + softmax(k) v^T, o_t = S_t^T softmax(q), g = log sigmoid(k) / 16, and a window.
 
-    Exact equations: docs/reference/mixers/liger.md.
+    With `normalise` o_t is divided by what it would be if every v were 1. Exact equations:
+    docs/reference/mixers/liger.md.
     """
 
     spec = LigerSpec
@@ -39,9 +43,15 @@ class Liger(AttentionMixer):
         inputs: MixerInputs,
         state: State | None,
     ) -> tuple[torch.Tensor, State]:
-        """See the base class. State: (B, H, d, d)."""
+        """See the base class. State: (B, H, d, d), one column more with `normalise`."""
         k = wide(k)
         g = (logsigmoid(k) / self.options.gate_divisor).clamp(min=LOG_DECAY_FLOOR)
+        if self.options.normalise:
+            v = pad(v, (0, 1), value=1.0)
         heads = (wide(q).softmax(-1), *(self.repeat(part) for part in (k.softmax(-1), v, g)))
         chunk = chunk_length(self.geometry.head_dim, self.options.chunk)
-        return run(OP, self.options.form, chunk, *heads, where=inputs, state=state)
+        o, new = run(OP, self.options.form, chunk, *heads, where=inputs, state=state)
+        if self.options.normalise:
+            o = wide(o)
+            o = o[..., :-1] / (o[..., -1:] + LEAST_WEIGHT)
+        return o, new

@@ -91,7 +91,7 @@ def recurrent(
         # Place 0 is filled wherever the result counts; kept open so that no row is without an end.
         logits = logits.masked_fill(((places >= count) & (places > 0))[:, None, None], float("-inf"))
         near = (logits - logits.amax(-1, keepdim=True)).exp() @ _with_one(values)
-        o = _divide(weight * near + phi @ sums).flatten(1, 2)
+        o = _combine(near, phi @ sums, weight).flatten(1, 2)
         out.append(o if exists is None else o.masked_fill(~exists[..., None], 0.0))
     return torch.stack(out, 1).to(v.dtype), (keys, values, features, sums, count)
 
@@ -126,7 +126,7 @@ def chunked(
         near = blocks.read(weights, _with_one(v_), _with_one(values))
         left, seen = _leaving(row, fed, features, window), _leaving(row, v_, values, window)
         far, sums = _linear(row, phi, left * _left(row, window), _with_one(seen), sums, blocks.size)
-        o = _divide(gamma.to(dtype)[:, None] * near + far)
+        o = _combine(near, far, gamma.to(dtype)[:, None])
         (keys, values, features), count = row.remember((k_, v_, fed), (keys, values, features), window, 0)
         return row.restore(o).to(v.dtype), (keys, values, features, sums, count)
 
@@ -157,9 +157,11 @@ def step(
         grouped, phi = (x.to(keys.dtype).reshape(batch * heads, -1, x.shape[-1]) for x in (q, phi_q))
         logits = cap(torch.bmm(grouped, keys.flatten(0, 1).mT).mul_(scale), softcap).view(batch, -1, size)
         logits.masked_fill_((torch.arange(size, device=keys.device) >= count)[:, None], float("-inf"))
-        weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_() * gamma.to(keys.dtype)[:, None]
-        weights, far = weights.view(batch * heads, -1, size), torch.bmm(phi, sums.flatten(0, 1))
-        o = torch.baddbmm(far[..., :-1], weights, values.flatten(0, 1)).div_(far[..., -1:] + weights.sum(-1, True))
+        weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_().view(batch * heads, -1, size)
+        near = torch.bmm(weights, values.flatten(0, 1)), weights.sum(-1, keepdim=True)
+        far = torch.bmm(phi, sums.flatten(0, 1))
+        weight = gamma.to(keys.dtype).view(1, heads, -1, 1).expand(batch, -1, -1, -1).flatten(0, 1)
+        o = _combine(torch.cat(near, -1), far, weight)
         return o.view(batch, 1, -1, o.shape[-1]).to(v.dtype)
 
 
@@ -193,9 +195,15 @@ def _with_one(x: torch.Tensor) -> torch.Tensor:
     return pad(x, (0, 1), value=1.0)
 
 
-def _divide(total: torch.Tensor) -> torch.Tensor:
-    """The first channels over the last one."""
-    return total[..., :-1] / total[..., -1:]
+def _combine(near: torch.Tensor, far: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    """(gamma near + far) of the values over that of the weights, each (..., dv + 1) with the weights' sum last.
+
+    Taken as the window's own average and what the far tokens shift it by, so that little of a small share's gradient
+    is lost to rounding.
+    """
+    average = near[..., :-1] / near[..., -1:]
+    shift = far[..., :-1] - far[..., -1:] * average
+    return average + shift / (gamma * near[..., -1:] + far[..., -1:])
 
 
 def _leaving(row: Row, x: torch.Tensor, ring: torch.Tensor, window: int) -> torch.Tensor:

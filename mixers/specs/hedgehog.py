@@ -15,7 +15,12 @@ class HedgehogOptions(HeadOptions):
     chunk: int | None = option(None, "queries per block; null picks by the window", choices=(None, 32, 64, 128))
     rope: bool = option(True, "read features off rotated queries and keys; the window's are always as attention's")
     window: int = option(64, "tokens that softmax attention sees, itself included", low=1, high=65536, samples=(7,))
-    window_weight: float = option(0.1, "weight of the window's terms at the start; learnt", low=0.001, high=0.999)
+    window_weight: float = option(
+        0.9,
+        "weight of the window's terms at the start, against 1 less it for the others; learnt",
+        low=0.001,
+        high=0.999,
+    )
     feature_map: str = option(
         "softmax",
         "features of a projected query or key y: softmax over channels of y and of -y (Hedgehog), or ReLU of y plus a "

@@ -27,6 +27,9 @@ class LigerOptions(GatedOptions):
         "norm over each head's output: none, RMSNorm or LayerNorm (RetNet's group norm)",
         choices=("none", "rms", "group"),
     )
+    normalise: bool = option(
+        True, "divide the recurrence by the sum of its weights: it averages, as attention does (the paper: false)"
+    )
     gate_divisor: float = option(
         16.0, "log-decays are divided by it: the larger, the longer the memory", low=1.0, high=1e4
     )
@@ -50,11 +53,13 @@ class LigerSpec(MixerSpec):
     def flops_per_token(geometry: Geometry, options: LigerOptions) -> int:
         """Matrix products only, in the chunked form."""
         d, chunk = geometry.head_dim, chunk_length(geometry.head_dim, options.chunk)
+        read = d + options.normalise
         # Per token and head: scores and their read-out inside a chunk, what is written, and what is read of the state.
-        inside = 2 * chunk * 2 * d + 2 * 2 * d * d
+        inside = 2 * chunk * (d + read) + 2 * 2 * d * read
         return head_flops(geometry, options) + output_flops(geometry, options) + geometry.num_heads * inside
 
     @staticmethod
     def state_bytes(geometry: Geometry, options: LigerOptions) -> int:
-        """See `head_bytes`."""
-        return head_bytes(geometry, options)
+        """A d x d matrix per head, one column more with `normalise`; see `head_bytes`."""
+        d = geometry.head_dim
+        return head_bytes(geometry, options, geometry.num_heads * d * (d + options.normalise))
