@@ -201,9 +201,9 @@ def compare_step(case: Step, repeats: int, seconds: float) -> dict[str, Any]:
 
     Returns:
         {"error" (largest relative error of the output over `STEPS` steps from the same state), "agrees", "turns",
-        "ratio" (theirs over ours within a turn: median, with the quartiles "ratio_low" and "ratio_high": a turn is so short
-        that one interruption is all of it), "ours_us", "theirs_us" (medians, per step)}. A pair that does not
-        agree has no more than the first two.
+        "ratio" (theirs over ours within a turn: median, with the quartiles "ratio_low" and "ratio_high", as one
+        interruption can be longer than a turn), "ours_us", "theirs_us" (medians, per step)}. A pair that does not agree
+        has no more than the first two.
     """
     prepared = case.prepare(*case.inputs)
     mine, other = copied(case.state), case.prepare_state(copied(case.state))
