@@ -276,7 +276,7 @@ def _mamba(shape: Shape, root: Path | None) -> Case:
 # (op, baseline) -> the comparison at a shape, given the folder of fla's ops or None.
 CASES: dict[tuple[str, str], Callable[[Shape, Path | None], Case]] = {
     ("simple_gla", "transformers mamba2"): _mamba2,
-    # Its default costs a CPU several times its best chunk length; at 2k tokens the others' cost at most a sixth more.
+    # Its default costs a CPU 2 to 3 times its best chunk length; at 2k tokens the others' cost at most a sixth more.
     ("simple_gla", "transformers mamba2, chunk 64"): partial(_mamba2, chunk=64),
     ("simple_gla", "transformers minimax"): _minimax,
     ("simple_gla", "fla naive_chunk_simple_gla"): _fla_simple_gla,
