@@ -106,7 +106,7 @@ class _Segmented(torch.autograd.Function):
         kept: list[torch.Tensor] = []
         saved: Tensors = ()
         for piece in plan.tokens:
-            border = _border(segments, piece, inputs[0], plan.dtype)
+            border = _border(segments, piece, inputs[0].shape[2], plan.dtype)
             o, states, saved = kernel.forward(_cut(inputs, piece, plan.dtype), states, border)
             if keep:
                 kept.extend(saved)
@@ -137,7 +137,7 @@ class _Segmented(torch.autograd.Function):
             for number in range(len(plan.tokens) - 1, -1, -1):
                 piece = plan.tokens[number]
                 saved = kept[number * per_piece : (number + 1) * per_piece]
-                border = _border(segments, piece, inputs[0], plan.dtype)
+                border = _border(segments, piece, inputs[0].shape[2], plan.dtype)
                 (grad,) = _cut((grad_out,), piece, plan.dtype)
                 parts = _cut(inputs, piece, plan.dtype)
                 partial, flow = kernel.backward(parts, saved, border, grad, flow, needs)
@@ -165,12 +165,9 @@ def _put(whole: torch.Tensor, part: torch.Tensor, piece: tuple[int, int, int]) -
 
 
 def _border(
-    segments: torch.Tensor | None, piece: tuple[int, int, int], like: torch.Tensor, dtype: torch.dtype
+    segments: torch.Tensor | None, piece: tuple[int, int, int], heads: int, dtype: torch.dtype
 ) -> Borders | None:
-    """The borders of a piece, in the layout of kernels: (N * B * H, ...) each, all in `dtype`."""
     if segments is None:
         return None
     start, stop, chunk = piece
-    found = borders(segments[:, start:stop], chunk, dtype, segments[:, max(0, start - 1)])
-    heads = like.shape[2]
-    return Borders(*(x.to(dtype).expand(-1, -1, heads, -1, -1).flatten(0, 2) for x in found))
+    return borders(segments[:, start:stop], segments[:, max(0, start - 1)], chunk, heads, dtype)

@@ -132,7 +132,7 @@ def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, sta
     Returns:
         (B, 1, H, dv) in the dtype of v.
     """
-    q, k, values, g = in_dtype(state.dtype, q, k, v, g)
+    q, k, values = in_dtype(state.dtype, q, k, v)
     out = torch.empty_like(values, memory_format=torch.contiguous_format)
     decay_state(state, g, out)
     state.addcmul_(k.permute(0, 2, 3, 1), values.transpose(1, 2))

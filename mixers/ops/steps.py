@@ -15,7 +15,7 @@ def in_dtype(dtype: torch.dtype, *inputs: torch.Tensor) -> list[torch.Tensor]:
 
 def decay_state(state: torch.Tensor, g: torch.Tensor, scratch: torch.Tensor) -> None:
     """Multiply a state (B, H, dk, dv) by e^g, with g (B, 1, H) or (H,). `scratch` (B, 1, H, dv) is overwritten."""
-    decay = torch.exp(g.reshape(-1), out=scratch.view(-1)[: g.numel()])
+    decay = scratch.view(-1)[: g.numel()].copy_(g.reshape(-1)).exp_()
     state.mul_(decay.view(-1, state.shape[1], 1, 1))
 
 
