@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -25,12 +26,20 @@ class Decays(NamedTuple):
     carry: torch.Tensor
 
 
-def bounded_exp(x: torch.Tensor, highest: float | None = None) -> torch.Tensor:
-    """exp of x, in place, of at least e^-87 (e^-700 in fp64).
+LOG2E = math.log2(math.e)
+
+
+def bounded_exp2(x: torch.Tensor, highest: float | None = None) -> torch.Tensor:
+    """2^x, in place, of at least 2^-125.5 (2^-1010 in fp64).
 
     That is nothing beside 1, but no subnormal number: CPUs take these twenty times as long.
     """
-    return x.clamp_(-87.0 if x.dtype == torch.float32 else -700.0, highest).exp_()
+    return x.clamp_(-125.5 if x.dtype == torch.float32 else -1010.0, highest).exp2_()
+
+
+def bounded_exp(x: torch.Tensor, highest: float | None = None) -> torch.Tensor:
+    """The same of e^x: CPUs take two to four times as long for exp itself."""
+    return bounded_exp2(x.mul_(LOG2E), None if highest is None else highest * LOG2E)
 
 
 def scalar_decays(g: torch.Tensor, k: torch.Tensor, border: Borders | None) -> Decays:
@@ -93,11 +102,12 @@ class ChannelDecays(NamedTuple):
 
 def channel_decays(g: torch.Tensor, border: Borders | None) -> ChannelDecays:
     """Decays of log-decays (M, C, dk); what document borders cut off is 0 in all but `left` and `right`."""
-    G = g.cumsum(1)
+    # In powers of 2, from the start: both sides of a product then see the same rounded log-decays.
+    G = (g * LOG2E).cumsum(1)
     middle = G[:, (G.shape[1] - 1) // 2, None]
     carry, outflow, inflow = G[:, -1].unsqueeze(-1).clone(), G[:, -1:] - middle, middle.clone()
-    left = (G - middle).exp_()
-    inflow, outflow, carry = (bounded_exp(x) for x in (inflow, outflow, carry))
+    left = (G - middle).exp2_()
+    inflow, outflow, carry = (bounded_exp2(x) for x in (inflow, outflow, carry))
     if border is not None:
         inflow, outflow, carry = inflow * border.sees, outflow * border.leaves, carry * border.carries
     return ChannelDecays(left, left.reciprocal(), inflow, outflow, carry)
