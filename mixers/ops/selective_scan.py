@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from .chunks import compute_dtype, real_segments
+from .decays import LOG2E
 from .op import Op
 
 CHUNK = 32
@@ -111,7 +112,7 @@ def step(
         x_, dt_, A_, B_, C_ = (part.to(state.dtype) for part in (x, dt, A, B, C))
         out = torch.mul(dt_, x_)
         grouped = state.view(batch * groups, -1, size)
-        state.mul_(torch.mul(dt_.mT, A_).exp_())
+        state.mul_(torch.mul(dt_.mT, A_).mul_(LOG2E).exp2_())
         grouped.addcmul_(out.view(batch * groups, -1, 1), B_.reshape(batch * groups, 1, size))
         torch.bmm(grouped, C_.reshape(batch * groups, size, 1), out=out.view(batch * groups, -1, 1))
         return out.to(x.dtype)
@@ -226,13 +227,13 @@ def _marks(keep: torch.Tensor | None, tokens: slice, chunk: int) -> torch.Tensor
 
 def _decays(dt: torch.Tensor, A: torch.Tensor, marks: torch.Tensor | None) -> torch.Tensor:
     """(P, n, B, G, N, J): what a token leaves of the state."""
-    decay = (dt * A).exp_()
+    decay = (dt * (A * LOG2E)).exp2_()
     return decay if marks is None else decay.mul_(marks)
 
 
 def _whole_decays(dt: torch.Tensor, A: torch.Tensor, marks: torch.Tensor | None) -> torch.Tensor:
     """(n, B, G, N, J): what a chunk leaves of the state."""
-    decay = (dt.sum(0) * A).exp_()
+    decay = (dt.sum(0) * (A * LOG2E)).exp2_()
     return decay if marks is None else decay.mul_(marks.amin(0))
 
 
