@@ -107,7 +107,7 @@ def chunked(
         out, (last,) = segmented(_KERNEL, inputs, (both,), chunk, real_segments(segments, padding))
         if padding is not None:
             out = out.masked_fill(~padding[..., None, None], 0.0)
-        M, S = last.chunk(2, 2)
+        M, S = (part.contiguous() for part in last.chunk(2, 2))
         return out.to(v.dtype), (M, S)
 
 
