@@ -219,7 +219,7 @@ def _not_attention(config: Values) -> str | None:
         other = [(layer, kind) for layer, kind in enumerate(types) if kind not in ATTENTION_TYPES]
         if other:
             layer, kind = other[0]
-            return f"layer {layer} is {kind!r}, {len(other)} of {len(types)} layers are not softmax attention."
+            return f"Layer {layer} is {kind!r}, {len(other)} of {len(types)} layers are not softmax attention."
         return None
     name = str(config.get("model_type", "")).lower()
     if any(part in name for part in _NAMES) or any(config.get(key) for key in _KEYS):

@@ -33,7 +33,7 @@ FIELDS: dict[str, Any] = {
 _ATTENTION = ("full_attention", "sliding_attention")
 
 
-def config_class(base: type, name: str, module: str) -> type:
+def config_class(base: Any, name: str, module: str) -> type:
     """A configuration class over a family's own.
 
     Args:
@@ -58,9 +58,15 @@ def config_class(base: type, name: str, module: str) -> type:
             if found != self.num_hidden_layers:
                 raise ValueError(f"{field} has {found} entries for num_hidden_layers={self.num_hidden_layers}")
 
+    def get_text_config(self: Any, decoder: bool | None = None, encoder: bool | None = None) -> Any:
+        # What transformers makes caches from. A mixer with a window is no layer that it could size; the model puts its
+        # own in the place of whatever it made.
+        return family_view(self) if decoder else base.get_text_config(self, decoder=decoder, encoder=encoder)
+
     body = {
         "__annotations__": dict.fromkeys(FIELDS, Any),
         "__post_init__": __post_init__,
+        "get_text_config": get_text_config,
         "__module__": module,
         "__doc__": f"{base.__name__} with linear mixers in some layers (see `mixer_types` and `mixers`).",
         "model_type": "relinear",

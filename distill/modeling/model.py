@@ -216,11 +216,7 @@ def model_classes(
             self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
         ) -> Any:
             """Have the model's own layers in the cache before generate first asks for its length."""
-            config, self.config = self.config, family_view(self.config)
-            try:
-                made = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-            finally:
-                self.config = config
+            made = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             if model_kwargs.get("past_key_values") is not None:
                 backbone = getattr(self, family.backbone)
                 install_layers(model_kwargs["past_key_values"], backbone.mixer_layers, backbone.windows)

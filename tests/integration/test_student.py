@@ -160,6 +160,17 @@ def test_labels_logits_to_keep_and_num_items(llama: Path, mixer: str) -> None:
 
 
 @torch.no_grad()
+def test_a_cache_that_the_caller_made(llama: Path, mixer: str) -> None:
+    from transformers import DynamicCache
+
+    model = student(llama, mixer, [1, 2])
+    cache = DynamicCache(config=model.config)
+    pieces = [model(ids()[:, part], past_key_values=cache).logits for part in (slice(0, 20), slice(20, 21))]
+    torch.testing.assert_close(torch.cat(pieces, 1), model(ids(), use_cache=False).logits, rtol=1e-4, atol=1e-4)
+    assert generate(model, ids(), past_key_values=DynamicCache(config=model.config)).shape == (2, 31)
+
+
+@torch.no_grad()
 def test_a_cache_of_another_model_is_refused(llama: Path, mixer: str) -> None:
     teacher = load_teacher(llama)
     cache = teacher.model(ids(), use_cache=True).past_key_values

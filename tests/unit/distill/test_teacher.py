@@ -67,11 +67,11 @@ def test_sharded_weights_load_alike(llama: Path, tmp_path: Path) -> None:
         ({"model_type": "jamba", "layers_block_type": ["mamba"]}, "It has layers that are not softmax attention"),
         (
             {"model_type": "qwen3_next", "layer_types": ["linear_attention"] * 3 + ["full_attention"]},
-            "layer 0 is 'linear_attention', 3 of 4 layers are not softmax attention.* families llama, mistral",
+            "Layer 0 is 'linear_attention', 3 of 4 layers are not softmax attention.* families llama, mistral",
         ),
         (
             {"layer_types": ["full_attention"] * 3 + ["conv"]},
-            "layer 3 is 'conv', 1 of 4 layers .* that this one came from",
+            "Layer 3 is 'conv', 1 of 4 layers .* that this one came from",
         ),
         (
             {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}},
