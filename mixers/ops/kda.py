@@ -18,6 +18,7 @@ from .decays import ChannelDecays, channel_decays, seen
 from .delta import Factors, delta_backward, delta_forward
 from .op import Op
 from .segmented import Kernel, Parts, Tensors, segmented
+from .steps import in_dtype, read_state
 
 CHUNK = 32
 MAX_CHUNK = 32
@@ -146,7 +147,7 @@ _KERNEL = Kernel(_forward, _backward)
 def step(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, state: torch.Tensor
 ) -> torch.Tensor:
-    """One token, without gradients. Overwrites `state` and `g` and allocates nothing but its result.
+    """One token, called without gradients. Overwrites `state` and `g` and allocates nothing but its result.
 
     Args:
         q, k, g: (B, 1, H, dk). v: (B, 1, H, dv). beta: (B, 1, H). As in `recurrent`.
@@ -155,17 +156,12 @@ def step(
     Returns:
         (B, 1, H, dv) in the dtype of v.
     """
-    with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
-        S = state.flatten(0, 1)
-        k_, q_, g_ = (x.to(S.dtype).reshape(len(S), 1, -1) for x in (k, q, g))
-        out = torch.empty_like(v, dtype=S.dtype, memory_format=torch.contiguous_format)
-        row = out.view(len(S), 1, -1)
-        S.mul_(g_.exp_().mT)
-        torch.bmm(k_, S, out=row)
-        torch.sub(v, out, out=out).mul_(beta[..., None])
-        S.addcmul_(k_.mT, row)
-        torch.bmm(q_, S, out=row)
-        return out.to(v.dtype)
+    q, k, values, g, beta = in_dtype(state.dtype, q, k, v, g, beta)
+    out = torch.empty_like(values, memory_format=torch.contiguous_format)
+    state.mul_(g.exp_().permute(0, 2, 3, 1))
+    torch.sub(values, read_state(k, state, out), out=out).mul_(beta.unsqueeze(-1))
+    state.addcmul_(k.permute(0, 2, 3, 1), out.transpose(1, 2))
+    return read_state(q, state, out).to(v.dtype)
 
 
 def _masked(

@@ -25,6 +25,7 @@ from .chunks import Borders, compute_dtype, initial_state, real_segments
 from .decays import bounded_exp, flows_after, scalar_decay_gradient, seen, states_before
 from .op import Op
 from .segmented import Kernel, Parts, Tensors, segmented
+from .steps import in_dtype, read_state
 
 CHUNK = 32
 
@@ -239,7 +240,7 @@ _KERNEL = Kernel(_forward, _backward)
 def step(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, i: torch.Tensor, f: torch.Tensor, state: State
 ) -> torch.Tensor:
-    """One token, without gradients. Overwrites `state`, `i` and `f` and allocates nothing but its result.
+    """One token, called without gradients. Overwrites `state`, `i` and `f` and allocates nothing but its result.
 
     Args:
         q, k: (B, 1, H, dk). v: (B, 1, H, dv). i, f: (B, 1, H). As in `recurrent`.
@@ -248,24 +249,22 @@ def step(
     Returns:
         (B, 1, H, dv) in the dtype of v.
     """
-    with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
-        C, n, m = (part.flatten(0, 1) for part in state)
-        k_, q_ = (x.to(C.dtype).reshape(len(C), 1, -1) for x in (k, q))
-        write, keep = (x.to(C.dtype).reshape(-1) for x in (i, f))
-        out = torch.empty_like(v, dtype=C.dtype, memory_format=torch.contiguous_format)
-        row = out.view(len(C), 1, -1)
-        keep.add_(m)
-        torch.maximum(keep, write, out=m)
-        keep.sub_(m).exp_()
-        write.sub_(m).exp_()
-        torch.mul(v, write.view(*v.shape[:3], 1), out=out)
-        C.mul_(keep[:, None, None]).addcmul_(k_.mT, row)
-        n.mul_(keep[:, None]).addcmul_(k_[:, 0], write[:, None])
-        torch.bmm(q_, C, out=row)
-        torch.bmm(q_, n[..., None], out=write[:, None, None]).abs_()
-        torch.neg(m, out=keep).exp_().clamp_(min=torch.finfo(m.dtype).tiny)
-        row.div_(torch.maximum(write, keep, out=write)[:, None, None])
-        return out.to(v.dtype)
+    C, n, m = state
+    q, k, v_, i, f = in_dtype(C.dtype, q, k, v, i, f)
+    i, f = i.contiguous(), f.contiguous()
+    write, keep = i.squeeze(1), f.squeeze(1)
+    torch.maximum(keep.add_(m), write, out=m)
+    keep.sub_(m).exp_()
+    write.sub_(m).exp_()
+    keep, writes = keep.unsqueeze(-1), i.unsqueeze(-1)
+    out = torch.mul(v_, writes)
+    C.mul_(keep.unsqueeze(-1)).addcmul_(k.permute(0, 2, 3, 1), out.transpose(1, 2))
+    n.mul_(keep).addcmul_(k.squeeze(1), write.unsqueeze(-1))
+    read_state(q, C, out)
+    size = read_state(q, n.unsqueeze(-1), writes).abs_()
+    least = torch.neg(m, out=f.squeeze(1)).exp_().clamp_(min=torch.finfo(m.dtype).tiny)
+    out.div_(torch.maximum(size, least[:, None, :, None], out=size))
+    return out if v_ is v else out.to(v.dtype)
 
 
 def _last_maximum(i: torch.Tensor, f: torch.Tensor, m: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:

@@ -28,6 +28,7 @@ from .decays import bounded_exp, seen
 from .delta import Factors, delta_backward, delta_forward
 from .op import Op
 from .segmented import Kernel, Parts, Tensors, segmented
+from .steps import in_dtype, read_state
 
 CHUNK = 32
 
@@ -258,7 +259,7 @@ def step(
     alpha: torch.Tensor,
     state: State,
 ) -> torch.Tensor:
-    """One token, without gradients. Overwrites `state` and `alpha` and allocates nothing but its result.
+    """One token, called without gradients. Overwrites `state` and `alpha` and allocates nothing but its result.
 
     Args:
         q, k: (B, 1, H, dk). v: (B, 1, H, dv). theta, eta, alpha: (B, 1, H). As in `recurrent`.
@@ -267,18 +268,13 @@ def step(
     Returns:
         (B, 1, H, dv) in the dtype of v.
     """
-    with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
-        M, S = (part.flatten(0, 1) for part in state)
-        q_, k_ = (x.to(M.dtype).reshape(len(M), 1, -1) for x in (q, k))
-        rate, momentum, forget = (x.to(M.dtype).reshape(-1, 1, 1) for x in (theta, eta, alpha))
-        out = torch.empty_like(v, dtype=M.dtype, memory_format=torch.contiguous_format)
-        row = out.view(len(M), 1, -1)
-        torch.bmm(k_, M, out=row)
-        torch.sub(v, out, out=out)
-        S.mul_(momentum).addcmul_(k_.mT, row.mul_(rate))
-        M.mul_(forget.neg_().add_(1)).add_(S)
-        torch.bmm(q_, M, out=row)
-        return out.to(v.dtype)
+    M, S = state
+    q, k, values, theta, eta, alpha = in_dtype(M.dtype, q, k, v, theta, eta, alpha)
+    out = torch.empty_like(values, memory_format=torch.contiguous_format)
+    torch.sub(values, read_state(k, M, out), out=out).mul_(theta.unsqueeze(-1))
+    S.mul_(eta.mT.unsqueeze(-1)).addcmul_(k.permute(0, 2, 3, 1), out.transpose(1, 2))
+    M.mul_(alpha.neg_().add_(1).mT.unsqueeze(-1)).add_(S)
+    return read_state(q, M, out).to(v.dtype)
 
 
 def _gaps(x: torch.Tensor) -> torch.Tensor:
