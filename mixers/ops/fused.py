@@ -30,7 +30,7 @@ import torch
 from .chunks import real_segments
 
 RWKV7_DECAY_BOUND = -0.61
-"""Below every log-decay of RWKV-7 (-0.6065): lets fla take chunks of 64 tokens on tensor cores."""
+"""Below every log-decay of RWKV-7 (-0.6065): lets fla take chunks of 64 tokens on tensor cores, at 1e-5 in fp32."""
 
 SMALL_STEP = 1e-6
 """Least step of mamba-ssm's Mamba-2 kernel, which takes a log-decay as a step of a state that decays at rate one."""
@@ -274,7 +274,8 @@ def fla_rwkv7(form: str, r: Any, w: Any, k: Any, v: Any, kappa: Any, a: Any, **w
     with warnings.catch_warnings():
         # Said at every call with fp32; here the first use is checked on the very device.
         warnings.filterwarnings("ignore", "ChunkDeltaRuleFunction does not support float32", RuntimeWarning)
-        kernel = _fla("chunk_rwkv7", lower_bound=RWKV7_DECAY_BOUND)
+        # fp32 is asked for where digits count: without the bound fla keeps them all, in chunks of 16.
+        kernel = _fla("chunk_rwkv7", lower_bound=None if dtype == torch.float32 else RWKV7_DECAY_BOUND)
         return _run(kernel, (r, w, k, v, -kappa.to(dtype), removed), **_places(where))
 
 

@@ -82,6 +82,24 @@ def _mend_fla() -> None:
 
 
 @pytest.fixture
+def measured(record_property: Any) -> Any:
+    """Call with the largest error of a test: printed at the end, and copied into docs/reference/kernels.md."""
+    return lambda error: record_property("largest error", f"{error:.1e}")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The largest error of every test that measured one."""
+    lines = [
+        f"{dict(report.user_properties)['largest error']}  {report.nodeid.split('::')[-1]}"
+        for report in terminalreporter.stats.get("passed", [])
+        if "largest error" in dict(report.user_properties)
+    ]
+    if lines:
+        terminalreporter.section("largest error against our step-by-step form in fp64")
+        terminalreporter.write_line("\n".join(sorted(lines, key=lambda line: line.split("  ")[1])))
+
+
+@pytest.fixture
 def mamba_ssm() -> types.ModuleType:
     """mamba-ssm without its CUDA extensions."""
     if find_spec("mamba_ssm") is None:

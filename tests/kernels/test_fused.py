@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 FLA = sorted(name for name, kernels in fused.KERNELS.items() if kernels[0].library == "fla")
-LIMITS = {("cpu", torch.float32): 1e-4, ("cpu", torch.float16): 4e-3}
+LIMITS = {("cpu", torch.float32): 1e-5, ("cpu", torch.float16): 4e-3}
 
 
 class Place(NamedTuple):
@@ -92,16 +92,6 @@ def compare(op, kernel, call, place, length, batch=1, truth=None, **where):
 
 def call_of(place: Place, dtype: torch.dtype, mode: str, **more) -> Call:
     return Call(place.device.type, dtype, place.heads, place.key, place.value, mode, **more)
-
-
-@pytest.fixture
-def measured(record_property, request):
-    """Call with the largest error of a test: shown by `make test-kernels`, copied to docs/reference/kernels.md."""
-
-    def record(error: float) -> None:
-        record_property("largest_error", f"{error:.1e}")
-
-    return record
 
 
 @pytest.mark.parametrize("name", FLA)

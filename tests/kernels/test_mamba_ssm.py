@@ -49,6 +49,7 @@ def compare(name, kernel, call, device, length, limit, learnable_state=True, **w
     exact = check.results(op.recurrent, [x.double() for x in inputs], wide, gradients, learnable_state, **where)
     errors = check.errors(found, exact)
     assert max(errors.values()) <= limit, errors
+    return max(errors.values())
 
 
 @pytest.fixture
@@ -57,19 +58,19 @@ def limit(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_fixed_decays(device, limit):
+def test_mamba_fixed_decays(device, limit, measured):
     """Mamba-2's kernel, forward and backward: the rate is the decay and every step is one."""
     call = CPU._replace(fixed=True, state=True)
-    compare("simple_gla", fused.mamba_simple_gla, call, device, 67, limit)
-    compare("simple_gla", fused.mamba_simple_gla, call, device, 67, limit, **packed(2, 67))
+    plain = compare("simple_gla", fused.mamba_simple_gla, call, device, 67, limit)
+    measured(max(plain, compare("simple_gla", fused.mamba_simple_gla, call, device, 67, limit, **packed(2, 67))))
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_decays_per_token(device, limit):
+def test_mamba_decays_per_token(device, limit, measured):
     """Forward only: the step is the decay, and values are divided by it."""
     call = CPU._replace(mode="prefill", state=True)
-    compare("simple_gla", fused.mamba_simple_gla, call, device, 67, limit)
-    compare("simple_gla", fused.mamba_simple_gla, call, device, 67, limit, **packed(2, 67))
+    plain = compare("simple_gla", fused.mamba_simple_gla, call, device, 67, limit)
+    measured(max(plain, compare("simple_gla", fused.mamba_simple_gla, call, device, 67, limit, **packed(2, 67))))
 
 
 @pytest.mark.kernels
@@ -109,14 +110,14 @@ def test_selective_scan_refuses_what_it_would_get_wrong(device, scan):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_decoding(device, limit):
+def test_mamba_decoding(device, limit, measured):
     call = CPU._replace(mode="decode")
-    for state in (False, True):
-        compare("selective_scan", fused.mamba_selective_steps, call._replace(state=state), device, 3, limit)
+    steps = fused.mamba_selective_steps
+    measured(max(compare("selective_scan", steps, call._replace(state=s), device, 3, limit) for s in (False, True)))
     padding = torch.tensor([[True, False, True], [False, True, True]])
-    compare("selective_scan", fused.mamba_selective_steps, call, device, 3, limit, padding=padding)
+    compare("selective_scan", steps, call, device, 3, limit, padding=padding)
     inputs = [x.to(device) for x in check.sample("selective_scan", CPU, length=1)]
     state = check.sample_state("selective_scan", CPU).to(device)
     kept = state.clone()
-    fused.mamba_selective_steps(*inputs, state=state)
+    steps(*inputs, state=state)
     assert torch.equal(state, kept)

@@ -16,18 +16,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning"),
 ]
 
-DEVICES = [
-    pytest.param("cpu", "float32", marks=pytest.mark.kernels),
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+CASES = [
+    *(pytest.param(name, "cpu", "float32", marks=pytest.mark.kernels) for name in ("rwkv7", "lightning")),
     *(
-        pytest.param(
-            "cuda",
-            dtype,
-            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
-        )
+        pytest.param(name, "cuda", dtype, marks=GPU)
+        for name in ("rwkv7", "gated_deltanet", "deltanet", "gla", "lightning", "kda")
         for dtype in ("float32", "bfloat16")
     ),
 ]
-MIXERS = ["rwkv7", "gated_deltanet", "gla", "lightning", "kda"]
 
 
 @pytest.fixture
@@ -40,6 +37,7 @@ def build(make_teacher, monkeypatch):
         teacher = load_teacher(make_teacher("llama", max_position_embeddings=8192, **shape), dtype=dtype, device=device)
         mixers, _ = transfer(teacher, {0: (mixer, {}), 2: (mixer, {})})
         monkeypatch.setattr(kernels, "_CHOICES", {})
+        monkeypatch.setattr(kernels, "_SAID", set())
         return assemble(teacher, mixers).to(getattr(torch, dtype))
 
     return build
@@ -62,8 +60,7 @@ def near(found, expected, device, dtype):
     assert error < limit, error
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
-@pytest.mark.parametrize(("device", "dtype"), DEVICES)
+@pytest.mark.parametrize(("mixer", "device", "dtype"), CASES)
 def test_logits_and_gradients(mixer, device, dtype, build, monkeypatch, caplog):
     """Two packed rows with left padding in one of them; on a GPU also a row of 4097 tokens."""
     student = build(mixer, device, dtype)
@@ -88,8 +85,7 @@ def test_logits_and_gradients(mixer, device, dtype, build, monkeypatch, caplog):
         near(found, expected, device, dtype)
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
-@pytest.mark.parametrize(("device", "dtype"), DEVICES)
+@pytest.mark.parametrize(("mixer", "device", "dtype"), CASES)
 def test_generation(mixer, device, dtype, build, monkeypatch, caplog):
     """A prompt and token after token from its state: the logits of every step."""
     student = build(mixer, device, dtype).eval()
