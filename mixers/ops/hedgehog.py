@@ -15,7 +15,8 @@ State. Keys (B, K, W, d), values (B, K, W, dv) and features (B, K, W, f) of the 
 tokens (B, K, f, dv + 1), of phi(k) v^T and in the last column of phi(k), and the count (B, 1). Places and count are
 those of mixers/ops/window.py without sinks.
 
-Stability. The near denominator is at least 1, so the whole one is at least gamma; features must be nonnegative.
+Stability. The near sum lies between 1 and the window's length, so the denominator is at least gamma; features must be
+nonnegative.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from .chunks import compute_dtype, real_segments
+from .chunks import Borders, compute_dtype, real_segments
+from .decays import flows_after, states_before
 from .op import Op
+from .segmented import Kernel, Parts, Tensors, segmented
 from .window import Blocks, Row, advance, cap, next_place
 from .window import initial as initial_window
 
@@ -90,8 +93,8 @@ def recurrent(
         logits = cap(scale * grouped @ keys.mT, softcap)
         # Place 0 is filled wherever the result counts; kept open so that no row is without an end.
         logits = logits.masked_fill(((places >= count) & (places > 0))[:, None, None], float("-inf"))
-        near = (logits - logits.amax(-1, keepdim=True)).exp() @ _with_one(values)
-        o = _combine(near, phi @ sums, weight).flatten(1, 2)
+        shares = logits.softmax(-1)
+        o = _combine(shares @ values, shares.amax(-1, keepdim=True), phi @ sums, weight).flatten(1, 2)
         out.append(o if exists is None else o.masked_fill(~exists[..., None], 0.0))
     return torch.stack(out, 1).to(v.dtype), (keys, values, features, sums, count)
 
@@ -121,12 +124,14 @@ def chunked(
         row = Row(k, None if state is None else (keys, values, count), padding, segments)
         q_, k_, v_, phi, fed = (row.compact(x.to(dtype)) for x in (q, k, v, phi_q, phi_k))
         blocks = Blocks(row, window, 0, chunk)
-        logits = blocks.logits(q_, k_, keys, scale, softcap)
-        weights = (logits - logits.amax(-1, keepdim=True)).exp()
-        near = blocks.read(weights, _with_one(v_), _with_one(values))
-        left, seen = _leaving(row, fed, features, window), _leaving(row, v_, values, window)
-        far, sums = _linear(row, phi, left * _left(row, window), _with_one(seen), sums, blocks.size)
-        o = _combine(near, far, gamma.to(dtype)[:, None])
+        shares = blocks.logits(q_, k_, keys, scale, softcap).softmax(-1)
+        average, top = blocks.read(shares, v_, values), blocks.rows(shares.amax(-1, keepdim=True))
+        left = _leaving(row, fed, features, window) * _left(row, window)
+        parts = left, phi.unflatten(2, (k.shape[2], -1)).flatten(3), _with_one(_leaving(row, v_, values, window))
+        numbers = None if row.whole else row.start.expand(len(k), -1)
+        far, (sums,) = segmented(_FAR, parts, (sums,), blocks.size, numbers)
+        far = far.unflatten(3, (-1, v.shape[3] + 1)).flatten(2, 3)
+        o = _combine(average, top, far, gamma.to(dtype)[:, None])
         (keys, values, features), count = row.remember((k_, v_, fed), (keys, values, features), window, 0)
         return row.restore(o).to(v.dtype), (keys, values, features, sums, count)
 
@@ -149,19 +154,18 @@ def step(
         batch, heads, size, _ = keys.shape
         place = next_place(count, window, 0).long()[:, None, :, None].expand(-1, heads, -1, -1)
         index = [place.expand(-1, -1, -1, x.shape[-1]) for x in (keys, values, features)]
-        gone = features.gather(2, index[2]).flatten(0, 1).mT, _with_one(values.gather(2, index[1])).flatten(0, 1)
-        sums.view(batch * heads, *sums.shape[2:]).baddbmm_(*gone)
+        gone = features.gather(2, index[2])[:, :, 0, :, None], _with_one(values.gather(2, index[1]))
+        sums.addcmul_(*gone)
         for old, where, new in zip((keys, values, features), index, (k, v, phi_k), strict=True):
             old.scatter_(2, where, new.transpose(1, 2).to(old.dtype))
         count.copy_(advance(count, window, 0))
         grouped, phi = (x.to(keys.dtype).reshape(batch * heads, -1, x.shape[-1]) for x in (q, phi_q))
         logits = cap(torch.bmm(grouped, keys.flatten(0, 1).mT).mul_(scale), softcap).view(batch, -1, size)
         logits.masked_fill_((torch.arange(size, device=keys.device) >= count)[:, None], float("-inf"))
-        weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_().view(batch * heads, -1, size)
-        near = torch.bmm(weights, values.flatten(0, 1)), weights.sum(-1, keepdim=True)
-        far = torch.bmm(phi, sums.flatten(0, 1))
-        weight = gamma.to(keys.dtype).view(1, heads, -1, 1).expand(batch, -1, -1, -1).flatten(0, 1)
-        o = _combine(torch.cat(near, -1), far, weight)
+        shares = logits.softmax(-1).view(batch * heads, -1, size)
+        average, far = torch.bmm(shares, values.flatten(0, 1)), torch.bmm(phi, sums.flatten(0, 1))
+        weight = gamma.to(keys.dtype).view(heads, -1, 1).repeat(batch, 1, 1)
+        o = _combine(average, shares.amax(-1, keepdim=True), far, weight)
         return o.view(batch, 1, -1, o.shape[-1]).to(v.dtype)
 
 
@@ -195,67 +199,79 @@ def _with_one(x: torch.Tensor) -> torch.Tensor:
     return pad(x, (0, 1), value=1.0)
 
 
-def _combine(near: torch.Tensor, far: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-    """(gamma near + far) of the values over that of the weights, each (..., dv + 1) with the weights' sum last.
+def _combine(average: torch.Tensor, top: torch.Tensor, far: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    """The layer's output, from the window's own: what the far tokens shift it by, each a small difference as it stands.
 
-    Taken as the window's own average and what the far tokens shift it by, so that little of a small share's gradient
-    is lost to rounding.
+    Args:
+        average: (..., dv), softmax attention over the window.
+        top: (..., 1), its largest weight: that of the logit c, so the near sum is 1 / top.
+        far: (..., dv + 1), sums over the far tokens.
+        gamma: (..., 1).
     """
-    average = near[..., :-1] / near[..., -1:]
-    shift = far[..., :-1] - far[..., -1:] * average
-    return average + shift / (gamma * near[..., -1:] + far[..., -1:])
+    return average + (far[..., :-1] - far[..., -1:] * average) / (gamma / top + far[..., -1:])
 
 
 def _leaving(row: Row, x: torch.Tensor, ring: torch.Tensor, window: int) -> torch.Tensor:
-    """What leaves the window at each token: x (B, T, K, d), `window` tokens late, as (B, K, T, d)."""
-    line = x.transpose(1, 2)
+    """What leaves the window at each token: x (B, T, K, d), `window` tokens late."""
     if row.fresh:
-        return pad(line, (0, 0, window, 0))[:, :, : row.length]
-    return torch.cat([row.in_turn(ring, window, window, 0), line], 2)[:, :, : row.length]
+        return pad(x, (0, 0, 0, 0, window, 0))[:, : row.length]
+    return torch.cat([row.in_turn(ring, window, window, 0).transpose(1, 2), x], 1)[:, : row.length]
 
 
 def _left(row: Row, window: int) -> torch.Tensor:
-    """(R, 1, T, 1) bool: what leaves the window at these tokens is of the same document (or an empty place: zero)."""
+    """(R, T, 1, 1) bool: what leaves the window at these tokens is of the same document (or an empty place: zero)."""
     place = torch.arange(row.length, device=row.start.device)
     lowest = row.start.masked_fill(row.start == 0, -window)
-    return ((place - window >= lowest) & (place < row.real[:, None]))[:, None, :, None]
+    return ((place - window >= lowest) & (place < row.real[:, None]))[..., None, None]
 
 
-def _linear(
-    row: Row, phi: torch.Tensor, features: torch.Tensor, values: torch.Tensor, sums: torch.Tensor, size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """o_t = phi_t^T sum_s features_s values_s^T over s <= t of the same document, in chunks of `size` tokens.
+def _far_forward(parts: Parts, states: Tensors, border: Borders | None) -> tuple[torch.Tensor, Tensors, Tensors]:
+    """o_i = q_i S_i, S_i = sum of f_j^T x_j over j <= i. f (M, C, F), q (M, C, G F) of G query heads, x (M, C, n)."""
+    f, q, x = parts
+    (first,) = states
+    q = q.reshape(len(f), -1, f.shape[-1])  # (M, C G, F)
+    sees, leaves, carry = _edges(border, x)
+    before, last = states_before(torch.bmm(_if(f, leaves).mT, x), carry, first)
+    scores = _seen(torch.bmm(q, f.mT), border)
+    out = torch.bmm(scores, x).baddbmm_(_if(q, sees), before)
+    return out.view(len(f), f.shape[1], -1), (last,), (before,)
 
-    Args:
-        row: where documents start.
-        phi: (B, T, H, f). features: (B, K, T, f). values: (B, K, T, n).
-        sums: (B, K, f, n), of the incoming document.
-        size: tokens per chunk.
 
-    Returns:
-        (B, T, H, n) and the sums after the last token.
-    """
-    batch, length, all_heads, width = phi.shape
-    heads, extra = features.shape[1], -length % size
-    f, x = (pad(part, (0, 0, 0, extra)).unflatten(2, (-1, size)) for part in (features, values))  # (B, K, N, C, .)
-    p = pad(phi, (0, 0, 0, 0, 0, extra)).view(batch, -1, size, heads, all_heads // heads, width)
-    p = p.permute(0, 3, 1, 4, 2, 5)  # (B, K, N, G, C, f)
-    seen = torch.ones(size, size, dtype=torch.bool, device=phi.device).tril()
-    written, inflow, carries = f, p, None
-    if not row.whole:
-        start = row.start[:, torch.arange(length + extra, device=phi.device).clamp(max=length - 1)]
-        start = start.unflatten(1, (-1, size))  # (R, N, C)
-        last = start[..., -1]
-        before = pad(last, (1, -1))  # the incoming document starts at 0
-        seen = (seen & (start[..., :, None] == start[..., None, :]))[:, None, :, None]
-        written = f * (start == last[..., None])[:, None, ..., None]
-        inflow = p * (start == before[..., None])[:, None, :, None, :, None]
-        carries = (last == before).to(phi.dtype)[:, None, :, None, None].unbind(2)
-    states = []
-    for n, new in enumerate((written.mT @ x).unbind(2)):
-        states.append(sums)
-        sums = (sums if carries is None else sums * carries[n]) + new
-    scores = (p.flatten(3, 4) @ f.mT).unflatten(3, (-1, size)).masked_fill(~seen, 0.0)
-    o = scores.flatten(3, 4) @ x + inflow.flatten(3, 4) @ torch.stack(states, 2)
-    o = o.unflatten(3, (-1, size)).permute(0, 2, 4, 1, 3, 5)
-    return o.reshape(batch, length + extra, all_heads, -1)[:, :length], sums.contiguous()
+def _far_backward(
+    parts: Parts, kept: Tensors, border: Borders | None, grad: torch.Tensor, flows: Tensors, needs: tuple[bool, ...]
+) -> tuple[Parts, Tensors]:
+    f, q, x = parts
+    (before,) = kept
+    shape, q, grad = q.shape, q.reshape(len(f), -1, f.shape[-1]), grad.reshape(len(f), -1, x.shape[-1])
+    sees, leaves, carry = _edges(border, x)
+    after, flow = flows_after(torch.bmm(_if(q, sees).mT, grad), carry, flows[0])
+    scores, pull = _seen(torch.bmm(q, f.mT), border), _seen(torch.bmm(grad, x.mT), border)
+    dq = _if(torch.bmm(grad, before.mT), sees).baddbmm_(pull, f)
+    df = _if(torch.bmm(x, after.mT), leaves).baddbmm_(pull.mT, q)
+    dx = torch.bmm(_if(f, leaves), after).baddbmm_(scores.mT, grad)
+    return (df, dq.view(shape), dx), (flow,)
+
+
+def _edges(border: Borders | None, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    """Tokens that see the incoming state, tokens that enter the outgoing one (None: all do), and what it keeps."""
+    if border is None:
+        return None, None, x.new_ones(len(x), 1, 1)
+    return border.sees, border.leaves, border.carries
+
+
+def _if(x: torch.Tensor, which: torch.Tensor | None) -> torch.Tensor:
+    """(M, C, n) or (M, C G, n), of the tokens (M, C, 1) that `which` says."""
+    if which is None:
+        return x
+    return (x.view(*which.shape[:2], -1) * which).view_as(x)
+
+
+def _seen(pairs: torch.Tensor, border: Borders | None) -> torch.Tensor:
+    """(M, C G, C), zeroed in place where a token stands later than its query or in another document."""
+    size = pairs.shape[-1]
+    mask = torch.ones(size, size, dtype=pairs.dtype, device=pairs.device).tril_()[None]
+    mask = mask if border is None else mask * border.pairs
+    return pairs.view(len(pairs), size, -1, size).mul_(mask[:, :, None]).view_as(pairs)
+
+
+_FAR = Kernel(_far_forward, _far_backward)

@@ -340,7 +340,11 @@ class Blocks:
 
     def read(self, weights: torch.Tensor, v: torch.Tensor, carried: torch.Tensor) -> torch.Tensor:
         """(B, T, H, dv): the values under `weights`, laid out as the logits are."""
-        batch, heads, number, group, size, _ = weights.shape
         o = torch.bmm(weights.flatten(3, 4).flatten(0, 2), self.keys(v, carried).flatten(0, 2))
-        o = o.view(batch, heads, number, group, size, -1).permute(0, 2, 4, 1, 3, 5)
-        return o.reshape(batch, number * size, heads * group, -1)[:, : self.row.length]
+        return self.rows(o.view(*weights.shape[:-1], -1))
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, K, N, G, C, n) -> (B, T, H, n)."""
+        batch, heads, number, group, size, dim = x.shape
+        x = x.permute(0, 2, 4, 1, 3, 5).reshape(batch, number * size, heads * group, dim)
+        return x[:, : self.row.length]

@@ -81,7 +81,6 @@ class HedgehogSpec(MixerSpec):
         d, heads, features = geometry.head_dim, geometry.num_heads, _features(geometry, options)
         kv, block = _kv_heads(geometry, options), window_block(options.window, options.chunk)
         near = window_flops(geometry, options.window, 0, options.chunk)
-        near = near * (2 * d + 1) // (2 * d)  # the denominator is one channel more to read
         mapped = 2 * (heads + kv) * d * feature_size(geometry, options)
         far = heads * (2 * block * (features + d + 1) + 2 * features * (d + 1)) + kv * 2 * features * (d + 1)
         return head_flops(geometry, options) + near + mapped + far
