@@ -43,3 +43,7 @@ class GLA(ChannelAttention):
         """See the base class: (B, T, H, d)."""
         gate = logsigmoid(wide(self.gk_up(self.gk_down(x))) + self.gk_bias)
         return self.per_head(gate / self.options.temperature)
+
+    def write(self, x: torch.Tensor, k: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        """See the base class."""
+        return super().write(x, k, g) if self.options.balance else k

@@ -175,6 +175,10 @@ class AttentionMixer(Mixer):
         form = "auto" if form == "fused" else form
         return run(WINDOW, form, None, q, k, v, *settings, where=inputs, state=state)
 
+    def projected(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The bare projections to queries, keys and values, (B, T, heads * d), of the layer input."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
     def project(
         self, x: torch.Tensor, inputs: MixerInputs, taps: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, State]:
@@ -188,7 +192,7 @@ class AttentionMixer(Mixer):
         Returns:
             Queries, keys, values, and what the convolution carries on: one tensor, or none without `conv`.
         """
-        parts, buffers = (self.q_proj(x), self.k_proj(x), self.v_proj(x)), ()
+        parts, buffers = self.projected(x), ()
         if self.options.conv:
             sizes = [part.shape[-1] for part in parts]
             mixed, buffer = short_conv(torch.cat(parts, -1), self.conv, taps, inputs.padding, inputs.segments)

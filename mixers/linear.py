@@ -89,5 +89,5 @@ class ChannelAttention(LinearAttention):
         return g.clamp(min=LOG_DECAY_FLOOR).unflatten(-1, (self.geometry.num_heads, -1))
 
     def write(self, x: torch.Tensor, k: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-        """See the base class."""
-        return k * -torch.expm1(g) if self.options.balance else k
+        """See the base class: (1 - e^g) k, as much as the state forgets, so that its size stays."""
+        return k * -torch.expm1(g)

@@ -21,6 +21,7 @@ _MIXERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "gla": ("GLASpec", "GLA", ("gated-linear-attention", "gated_linear_attention")),
     "lightning": ("LightningSpec", "Lightning", ("lightning-attention", "lightning_attention", "retnet", "halo")),
     "mamba2": ("Mamba2Spec", "Mamba2", ("mamba-2", "ssd", "mohawk")),
+    "rwkv6": ("RWKV6Spec", "RWKV6", ("rwkv-6", "rad-rwkv6", "qrwkv6", "finch")),
     "identity": ("IdentitySpec", "Identity", ("no-mixing", "no_mixing")),
 }
 

@@ -17,6 +17,7 @@ class GLAOptions(ChannelOptions):
     temperature: float = option(
         1.0, "the log-decay is a log sigmoid divided by this (the paper: 16)", low=1.0, high=64.0
     )
+    balance: bool = option(True, "write k (1 - decay), as much as the state forgets, so that its size stays")
 
 
 class GLASpec(MixerSpec):

@@ -18,7 +18,6 @@ class ChannelOptions(LinearOptions):
         "what is done to queries and keys beside the teacher's own norms: nothing, or unit length",
         choices=("none", "unit"),
     )
-    balance: bool = option(True, "write k (1 - decay), as much as the state forgets, so that its size stays")
     half_life_min: float = option(
         2.0, "tokens after which a head's fastest channel has forgotten half", low=1.0, high=1e6
     )
