@@ -99,9 +99,9 @@ class RWKV7Spec(MixerSpec):
             rank.pop("v")
         flops = head_flops(geometry, options) + window_flops(geometry, options.window)
         flops += sum(2 * r * (geometry.hidden_size + geometry.inner_size) for r in rank.values())
-        # Per token and head: scores; values seen, solve (half a square); writes; reads inside; reads of state, scan.
-        inside = 8 * chunk * d + 2 * chunk * d + chunk * 2 * d + 6 * d * d + 6 * chunk * d
-        return flops + heads * (inside + 2 * d * d + 2 * d**3 // chunk)
+        # Per token and head: scores of kappa and r with what is removed and written; a chunk's inverse; what kappa
+        # reads inside, what the inverse makes of it, what r reads inside; what the state is read for and takes up.
+        return flops + heads * (8 * chunk * d + chunk * chunk + 8 * chunk * d + 8 * d * d)
 
     @staticmethod
     def state_bytes(geometry: Geometry, options: RWKV7Options) -> int:
