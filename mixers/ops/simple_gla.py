@@ -5,7 +5,7 @@
 
 with S (dk, dv). The caller scales q.
 
-Stability. Decays occur only as exp(G_i - G_j) with j <= i, masked before exp: no log-decay g <= 0 can overflow at any
+Stability. Decays occur only as exp(G_i - G_j) with j <= i, cut at 0 before exp: no log-decay g <= 0 can overflow at any
 chunk length. The cumulated G is kept in fp64, so that a small difference of two large sums is right too.
 """
 
