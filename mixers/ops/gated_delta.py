@@ -5,8 +5,8 @@
 with S (dk, dv), so the transpose of the paper's. The caller normalises k to unit length and scales q.
 
 Stability. With |k| <= 1 and beta in [0, 1] the state is contracted at every step. The chunked form uses decays only as
-exp(G_i - G_j) with j <= i, cut at 0 before exp, so no log-decay g <= 0 can overflow at any chunk length and none needs a
-floor here. (`mixers/gated_deltanet.py` bounds g all the same, for kernels that are less careful.)
+exp(G_i - G_j) with j <= i, cut at 0 before exp, so no log-decay g <= 0 can overflow at any chunk length and none needs
+a floor here. (`mixers/gated_deltanet.py` bounds g all the same, for kernels that are less careful.)
 """
 
 from __future__ import annotations
