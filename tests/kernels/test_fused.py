@@ -16,15 +16,10 @@ from relinear.mixers.ops import check, fused
 from relinear.mixers.ops.fused import Call, Kernel
 from relinear.mixers.ops.op import Op
 
-# NaNs in memory that a kernel reads and then masks are no fault; numpy, which interprets, warns of them.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Triton is not supported on current platform"),
-    pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning"),
-    pytest.mark.usefixtures("nan_empty"),
-]
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 FLA = sorted(name for name, kernels in fused.KERNELS.items() if kernels[0].library == "fla")
-LIMITS = {("cpu", torch.float32): 1e-5, ("cpu", torch.float16): 4e-3}
+INTERPRETED = {torch.float32: 1e-5, torch.float16: 4e-3}
 
 
 class Place(NamedTuple):
@@ -37,7 +32,8 @@ class Place(NamedTuple):
     lengths: tuple[int, ...]
 
     def limit(self, dtype: torch.dtype) -> float:
-        return LIMITS.get((self.device.type, dtype), check.LIMITS[dtype])
+        limits = INTERPRETED if self.device.type == "cpu" else check.LIMITS
+        return limits[dtype]
 
 
 PLACES = {

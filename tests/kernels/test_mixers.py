@@ -11,11 +11,6 @@ from relinear.mixers import kernels, registry
 from relinear.mixers.base import MixerInputs
 from relinear.mixers.specs.base import Geometry
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Triton is not supported on current platform"),
-    pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning"),
-]
-
 GEOMETRY = Geometry(32, 2, 1, 16, rope=False)
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.kernels),

@@ -11,11 +11,6 @@ from relinear.distill.student import assemble, transfer
 from relinear.distill.teacher import load_teacher
 from relinear.mixers import kernels
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Triton is not supported on current platform"),
-    pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning"),
-]
-
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CASES = [
     *(pytest.param(name, "cpu", "float32", marks=pytest.mark.kernels) for name in ("rwkv7", "lightning")),

@@ -13,10 +13,7 @@ from relinear.mixers.ops import check
 from relinear.mixers.ops.fused import Call
 from relinear.mixers.ops.op import Op
 
-pytestmark = [
-    pytest.mark.kernels,
-    pytest.mark.filterwarnings("ignore:Triton is not supported on current platform"),
-]
+pytestmark = pytest.mark.kernels
 
 LENGTH = 64  # two of fla's naive chunks; some of them take nothing else
 CPU = Call("cpu", torch.float32, 3, 16, 24, "train", state=True)
