@@ -141,7 +141,7 @@ def resolve(
     """The `layers:` section of a recipe on a teacher of `num_layers` layers.
 
     Args:
-        section: has `mixer`, `keep`, `convert` (one of them None) and `overrides` (range -> mixer).
+        section: has `mixer`, `keep`, `convert` (one of them None) and `overrides` (range -> what has `mixer`).
         num_layers: of the teacher.
         mixers: mixer -> options, where they differ from the defaults.
         place: dotted path -> how to name it in an error, e.g. with file and line.
@@ -155,8 +155,8 @@ def resolve(
     kept, converted = (chosen, rest) if wanted == "keep" else (rest, chosen)
     names = dict.fromkeys(converted, registry.resolve(section.mixer))
     taken: dict[int, str] = {}
-    for text, mixer in (section.overrides or {}).items():
-        where = place(f"layers.overrides.{text}")
+    for text, override in (section.overrides or {}).items():
+        where, mixer = place(f"layers.overrides.{text}"), override.mixer
         for layer in _at(where, select, text, num_layers):
             if layer in taken:
                 raise UserError(

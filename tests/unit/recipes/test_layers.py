@@ -73,7 +73,8 @@ WRONG = [
 
 def section(**keys: Any) -> SimpleNamespace:
     """A `layers:` section."""
-    return SimpleNamespace(**{"mixer": "rwkv7", "keep": None, "convert": None, "overrides": {}} | keys)
+    keys["overrides"] = {text: SimpleNamespace(mixer=name) for text, name in keys.get("overrides", {}).items()}
+    return SimpleNamespace(**{"mixer": "rwkv7", "keep": None, "convert": None} | keys)
 
 
 @pytest.mark.parametrize(("form", "num_layers", "chosen"), RIGHT, ids=str)

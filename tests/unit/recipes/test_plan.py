@@ -237,6 +237,11 @@ def test_wrong_teachers(folder, config: Any, message: str):
     assert message in str(error.value) and "config.json" in str(error.value)
 
 
+def test_overrides_of_a_recipe_reach_their_layers(folder):
+    plan = made(folder(TINY), "layers.keep=none", "layers.overrides.0-1=gla")
+    assert [plan.layers.converted[layer][0] for layer in range(3)] == ["gla", "gla", "rwkv7"]
+
+
 def test_layers_beyond_the_teacher_name_the_line(folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(
