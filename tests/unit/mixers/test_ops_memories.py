@@ -423,6 +423,21 @@ def test_mlstm_outputs_do_not_depend_on_the_stabiliser():
             assert torch.allclose(form(*x, state=moved)[0], out, rtol=1e-10)
 
 
+@pytest.mark.parametrize("start", [5, 8, 21])
+def test_mlstm_stabilisers_end_with_their_documents(start):
+    """A document of input gates e^500 before one of e^0: nothing of the second may vanish beside the first."""
+    q, k, v, i, f = (part.float() for part in mlstm_inputs(30))
+    i[:, :start] += 500.0
+    segments = (torch.arange(30) >= start).long().expand(B, -1)
+    C, n, m = (part.float() for part in states(mlstm))
+    second = (q, k, v, i, f)
+    alone, expected = mlstm.recurrent(*at(second, slice(start, None)))
+    for form, options in ((mlstm.recurrent, {}), (mlstm.chunked, {"chunk": 8})):
+        out, final = form(*second, state=(C, n, m + 500), segments=segments, **options)
+        assert torch.allclose(out[:, start:], alone, rtol=1e-4, atol=1e-6)
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(final, expected, strict=True))
+
+
 def test_titans_with_saturated_gates():
     """Gates of exactly 0 and 1, as a sigmoid gives them in fp32, and a memory that is wiped amid a chunk."""
     q, k, v, theta, eta, alpha = titans_inputs(100)
