@@ -16,7 +16,8 @@ from .specs.hedgehog import HedgehogOptions, HedgehogSpec, feature_size
 
 
 class Hedgehog(AttentionMixer):
-    """o = [w sum_near e^(q.k - c) v + (1 - w) sum_far (phi(q) . phi(k)) v] / [the same without v], w per head.
+    """o = [w sum_near e^(q.k - c) v + (1 - w) sum_far (phi(q) . phi(k)) v] / [the same without v], w per head; with the
+    paper's mixing sum_far counts whole.
 
     phi(y) = softmax over channels of (W y) and of (-W y), with a W per head and apart for queries and keys. Exact
     equations and initial values: docs/reference/mixers/hedgehog.md.
@@ -65,7 +66,9 @@ class Hedgehog(AttentionMixer):
         q, k, v, buffers = self.project(x, inputs, past[self.states] if past and options.conv else None)
         turned = self.turn(q, k, rotary)
         mapped = self.features(*(turned if options.rope else (q, k)))
-        heads = (*turned, v, *mapped, wide(self.window_weight).exp())
+        logit = wide(self.window_weight)
+        gamma = logit.exp() if options.mixing == "affine" else logit.sigmoid()  # w / (1 - w), or w
+        heads = (*turned, v, *mapped, gamma)
         settings = (options.window, geometry.query_scale, geometry.softcap)
         o, new = run(
             OP, options.form, options.chunk, *heads, *settings, where=inputs, state=past[: self.states] or None

@@ -17,9 +17,14 @@ class HedgehogOptions(HeadOptions):
     window: int = option(64, "tokens that softmax attention sees, itself included", low=1, high=65536, samples=(7,))
     window_weight: float = option(
         0.9,
-        "weight of the window's terms at the start, against 1 less it for the others; learnt",
+        "weight w of the window's terms at the start; learnt (the paper: 0.1)",
         low=0.001,
         high=0.999,
+    )
+    mixing: str = option(
+        "affine",
+        "weight of the terms beyond the window: 1 - w, or 1 as in the paper, whose window never weighs more",
+        choices=("affine", "paper"),
     )
     feature_map: str = option(
         "softmax",
