@@ -23,6 +23,7 @@ _MIXERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "mamba2": ("Mamba2Spec", "Mamba2", ("mamba-2", "ssd", "mohawk")),
     "rwkv6": ("RWKV6Spec", "RWKV6", ("rwkv-6", "rad-rwkv6", "qrwkv6", "finch")),
     "hgrn2": ("HGRN2Spec", "HGRN2", ("hgrn-2", "hgrn")),
+    "kda": ("KDASpec", "KDA", ("kimi", "kimi-delta-attention", "kimi_delta_attention")),
     "identity": ("IdentitySpec", "Identity", ("no-mixing", "no_mixing")),
 }
 
