@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib import import_module
 
 import pytest
 import torch
@@ -291,11 +292,7 @@ def test_documents_are_found_once_and_again_after_a_change():
 def test_samples_are_within_the_bounds(name):
     """What the check feeds is what the recurrences accept."""
     call = CALL._replace(heads=2, key=16, value=24)
-    op = operation(name)
+    op = import_module(f"relinear.mixers.ops.{name}").OP
     for mode in ("train", "decode"):
         found = check.deviation(op, op.chunked, call._replace(mode=mode, state=True), CPU)
         assert max(found.values()) < 2e-5, found
-
-
-def operation(name):
-    return pytest.importorskip(f"relinear.mixers.ops.{name}").OP
