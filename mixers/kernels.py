@@ -164,7 +164,7 @@ def _choose(op: Op, form: str, named: str, call: Call | None, device: torch.devi
     why = "; ".join(dict.fromkeys(refusal.why for refusal in refusals))
     kinds = {refusal.kind for refusal in refusals}
     if asked and "call" not in kinds:
-        error, mend = (KernelMissing, "") if kinds == {"machine"} else (KernelRefused, "; or set form: chunked")
+        error, mend = (KernelMissing, "") if "machine" in kinds else (KernelRefused, "; or set form: chunked")
         raise error(f"{asked}: no kernels for {op.name} here: {why}{mend}")
     return Choice("plain", why)
 

@@ -422,7 +422,7 @@ def _refuse_nothing(call: Call) -> Refusal | None:
 
 def _refuse_mamba_gradients(call: Call) -> Refusal | None:
     if call.mode == "train" and not call.fixed:
-        return Refusal("call", "mamba-ssm's gradient of a decay per token would lose its digits here; fla has it")
+        return Refusal("input", "mamba-ssm's gradient of a decay per token would lose its digits here; fla has it")
     return None
 
 

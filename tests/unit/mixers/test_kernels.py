@@ -124,6 +124,21 @@ def test_limits_of_a_kernel(library):
     assert "not float64" in choose(call=double).reason
 
 
+def test_the_other_library_where_one_is_missing(monkeypatch):
+    """Without fla mamba-ssm serves fixed decays, not the gradient of decays per token; it has none for a few tokens."""
+    simple_gla = import_module("relinear.mixers.ops.simple_gla").OP
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(kernels, "missing", lambda library: "fla not installed" if library == "fla" else None)
+    monkeypatch.setattr(kernels, "verdict", lambda *args: (True, "no error"))
+    fixed = CALL._replace(fixed=True)
+    for form in ("auto", "fused"):
+        assert kernels.choose(simple_gla, form, fixed, CPU).kernel.library == "mamba_ssm"
+        assert kernels.choose(simple_gla, form, fixed._replace(mode="decode"), CPU).form == "plain"
+    assert "fla not installed; mamba-ssm's gradient" in kernels.choose(simple_gla, "auto", CALL, CPU).reason
+    with pytest.raises(KernelMissing, match="form: fused: no kernels for simple_gla here: fla not installed"):
+        kernels.choose(simple_gla, "fused", CALL, CPU)
+
+
 def test_fp32_stays_exact_on_a_gpu(monkeypatch, library):
     library()
     kernel, gpu = kernels.KERNELS["gated_delta"][0], CALL._replace(device="cuda")
