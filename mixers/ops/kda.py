@@ -18,7 +18,7 @@ from .decays import ChannelDecays, channel_decays, seen
 from .delta import Factors, delta_backward, delta_forward
 from .op import Op
 from .segmented import Kernel, Parts, Tensors, segmented
-from .steps import in_dtype, read_state
+from .steps import folded
 
 CHUNK = 32
 MAX_CHUNK = 32
@@ -156,12 +156,12 @@ def step(
     Returns:
         (B, 1, H, dv) in the dtype of v.
     """
-    q, k, values, g, beta = in_dtype(state.dtype, q, k, v, g, beta)
-    out = torch.empty_like(values, memory_format=torch.contiguous_format)
-    state.mul_(g.exp_().permute(0, 2, 3, 1))
-    torch.sub(values, read_state(k, state, out), out=out).mul_(beta.unsqueeze(-1))
-    state.addcmul_(k.permute(0, 2, 3, 1), out.transpose(1, 2))
-    return read_state(q, state, out).to(v.dtype)
+    S = state.flatten(0, 1)
+    q, k, values, g, beta = folded(len(S), S.dtype, q, k, v, g, beta)
+    S.mul_(g.exp_().mT)
+    out = values.clone().baddbmm_(k, S, alpha=-1).mul_(beta)
+    S.addcmul_(k.mT, out)
+    return torch.bmm(q, S, out=out).view(v.shape).to(v.dtype)
 
 
 def _masked(

@@ -25,7 +25,7 @@ from .chunks import Borders, compute_dtype, initial_state, real_segments
 from .decays import bounded_exp, flows_after, scalar_decay_gradient, seen, states_before
 from .op import Op
 from .segmented import Kernel, Parts, Tensors, segmented
-from .steps import in_dtype, read_state
+from .steps import folded
 
 CHUNK = 32
 
@@ -249,22 +249,20 @@ def step(
     Returns:
         (B, 1, H, dv) in the dtype of v.
     """
-    C, n, m = state
-    q, k, v_, i, f = in_dtype(C.dtype, q, k, v, i, f)
-    i, f = i.contiguous(), f.contiguous()
-    write, keep = i.squeeze(1), f.squeeze(1)
+    C, n, m = (part.flatten(0, 1) for part in state)
+    n, m = n.unsqueeze(-1), m.view(-1, 1, 1)
+    q, k, values, write, keep = folded(len(C), C.dtype, q, k, v, i, f)
+    k = k.mT
     torch.maximum(keep.add_(m), write, out=m)
     keep.sub_(m).exp_()
     write.sub_(m).exp_()
-    keep, writes = keep.unsqueeze(-1), i.unsqueeze(-1)
-    out = torch.mul(v_, writes)
-    C.mul_(keep.unsqueeze(-1)).addcmul_(k.permute(0, 2, 3, 1), out.transpose(1, 2))
-    n.mul_(keep).addcmul_(k.squeeze(1), write.unsqueeze(-1))
-    read_state(q, C, out)
-    size = read_state(q, n.unsqueeze(-1), writes).abs_()
-    least = torch.neg(m, out=f.squeeze(1)).exp_().clamp_(min=torch.finfo(m.dtype).tiny)
-    out.div_(torch.maximum(size, least[:, None, :, None], out=size))
-    return out if v_ is v else out.to(v.dtype)
+    out = values * write
+    C.mul_(keep).addcmul_(k, out)
+    n.mul_(keep).addcmul_(k, write)
+    torch.bmm(q, C, out=out)
+    size = torch.bmm(q, n, out=write).abs_()
+    least = torch.neg(m, out=keep).exp_().clamp_(min=torch.finfo(m.dtype).tiny)
+    return out.div_(torch.maximum(size, least, out=size)).view(v.shape).to(v.dtype)
 
 
 def _last_maximum(i: torch.Tensor, f: torch.Tensor, m: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:

@@ -109,15 +109,15 @@ def step(
         (B, 1, I) in the dtype of x.
     """
     x_, dt, A, B, C = in_dtype(state.dtype, x, dt, A, B, C)
-    batch, _, groups, size = B.shape
+    size = A.shape[1]
+    B, C = B.reshape(-1, 1, size), C.reshape(-1, 1, size)
     out = torch.mul(dt, LOG2E)
     state.mul_(torch.mul(out.mT, A).exp2_())
-    sent = torch.mul(dt, x_, out=out).view(batch * groups, -1, 1)
-    grouped = state.view(batch * groups, -1, size)
-    grouped.addcmul_(sent, B.reshape(-1, 1, size))
+    sent = torch.mul(dt, x_, out=out).view(len(B), -1, 1)
+    grouped = state.view(len(B), -1, size).addcmul_(sent, B)
     # Rows times matrices: the other way round, CPUs take four times as long.
-    torch.bmm(C.reshape(-1, 1, size), grouped.mT, out=sent.mT)
-    return out.to(x.dtype)
+    torch.bmm(C, grouped.mT, out=sent.mT)
+    return out if x_ is x else out.to(x.dtype)
 
 
 class _Scan(torch.autograd.Function):

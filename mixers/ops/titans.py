@@ -28,7 +28,7 @@ from .decays import bounded_exp, seen
 from .delta import Factors, delta_backward, delta_forward
 from .op import Op
 from .segmented import Kernel, Parts, Tensors, segmented
-from .steps import in_dtype, read_state
+from .steps import folded
 
 CHUNK = 32
 
@@ -259,7 +259,7 @@ def step(
     alpha: torch.Tensor,
     state: State,
 ) -> torch.Tensor:
-    """One token, called without gradients. Overwrites `state` and `alpha` and allocates nothing but its result.
+    """One token, called without gradients. Overwrites `state` and allocates nothing but its result.
 
     Args:
         q, k: (B, 1, H, dk). v: (B, 1, H, dv). theta, eta, alpha: (B, 1, H). As in `recurrent`.
@@ -268,13 +268,12 @@ def step(
     Returns:
         (B, 1, H, dv) in the dtype of v.
     """
-    M, S = state
-    q, k, values, theta, eta, alpha = in_dtype(M.dtype, q, k, v, theta, eta, alpha)
-    out = torch.empty_like(values, memory_format=torch.contiguous_format)
-    torch.sub(values, read_state(k, M, out), out=out).mul_(theta.unsqueeze(-1))
-    S.mul_(eta.mT.unsqueeze(-1)).addcmul_(k.permute(0, 2, 3, 1), out.transpose(1, 2))
-    M.mul_(alpha.neg_().add_(1).mT.unsqueeze(-1)).add_(S)
-    return read_state(q, M, out).to(v.dtype)
+    M, S = (part.flatten(0, 1) for part in state)
+    q, k, values, theta, eta, alpha = folded(len(M), M.dtype, q, k, v, theta, eta, alpha)
+    out = values.clone().baddbmm_(k, M, alpha=-1).mul_(theta)
+    S.mul_(eta).addcmul_(k.mT, out)
+    M.addcmul_(alpha, M, value=-1).add_(S)
+    return torch.bmm(q, M, out=out).view(v.shape).to(v.dtype)
 
 
 def _gaps(x: torch.Tensor) -> torch.Tensor:
