@@ -23,7 +23,7 @@ def teacher(llama) -> Teacher:
 
 
 def student(teacher: Teacher, mixer: str, layers: tuple[int, ...], **options: Any) -> Any:
-    mixers, _ = transfer(teacher, {layer: (mixer, options) for layer in layers})
+    mixers, _ = transfer(teacher, dict.fromkeys(layers, (mixer, options)))
     return assemble(teacher, mixers)
 
 
