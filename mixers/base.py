@@ -43,7 +43,15 @@ class Mixer(nn.Module):
     """True where a layer reads in `MixerInputs.shared` what the layer with `first=True` wrote in the same forward."""
 
     def __init__(self, geometry: Geometry, options: Any, layer_idx: int, num_layers: int, first: bool) -> None:
+        """Build it for the layer `layer_idx` of `num_layers`; `first` at the lowest that it takes.
+
+        Raises:
+            ValueError: the spec refuses this geometry.
+        """
         super().__init__()
+        reason = self.spec.refusal(geometry, options)
+        if reason is not None:
+            raise ValueError(f"layer {layer_idx}: {self.spec.name} cannot replace this attention: {reason}")
         self.geometry = geometry
         self.options = options
         self.layer_idx = layer_idx

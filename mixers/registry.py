@@ -24,6 +24,9 @@ _MIXERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "rwkv6": ("RWKV6Spec", "RWKV6", ("rwkv-6", "rad-rwkv6", "qrwkv6", "finch")),
     "hgrn2": ("HGRN2Spec", "HGRN2", ("hgrn-2", "hgrn")),
     "kda": ("KDASpec", "KDA", ("kimi", "kimi-delta-attention", "kimi_delta_attention")),
+    "mlstm": ("MLSTMSpec", "MLSTM", ("xlstm", "m-lstm", "matrix-lstm")),
+    "titans": ("TitansSpec", "Titans", ("titans-lmm", "neural-memory", "lmm")),
+    "mamba": ("MambaSpec", "Mamba", ("mamba1", "mamba-1", "s6", "mamba-in-the-llama")),
     "identity": ("IdentitySpec", "Identity", ("no-mixing", "no_mixing")),
 }
 

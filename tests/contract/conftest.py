@@ -40,7 +40,7 @@ def variants(name: str, structural: bool) -> list[dict[str, Any]]:
         if f.name == "form":
             continue
         kinds, meta = str(f.type).split(" | "), f.metadata
-        if structural and ("float" in kinds or ("int" in kinds and "None" in kinds)):
+        if structural and ("float" in kinds or ("int" in kinds and "None" in kinds and not meta["samples"])):
             continue
         values = list(meta["choices"] or meta["samples"])
         if not values and "bool" in kinds:
