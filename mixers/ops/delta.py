@@ -95,4 +95,4 @@ def delta_backward(
 def _carried(carry: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
     if carry.shape[-1] == 1 or carry.shape[-2] == 1:
         return state * carry.reshape(len(carry), -1, 1)
-    return torch.bmm(carry, state.view(len(state), 2, -1)).view_as(state)
+    return torch.bmm(carry, state.reshape(len(state), 2, -1)).view(state.shape)

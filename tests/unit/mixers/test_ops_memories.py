@@ -73,6 +73,10 @@ def results(form, x, state, gradients=True, **options):
     return found + list(torch.autograd.grad(loss, [*x, *state]))
 
 
+def copied(state):
+    return packed([part.detach().clone() for part in state])
+
+
 def leaves(tensors, dtype=torch.float64):
     return [part.detach().to(dtype).requires_grad_() for part in tensors]
 
@@ -276,6 +280,16 @@ def test_half_precision_keeps_an_fp32_state(op, inputs):
         assert float((out - truth).detach().abs().max() / truth.abs().max()) < 5e-3
         out.sum().backward()
         assert all(part.grad.dtype == torch.bfloat16 and part.grad.isfinite().all() for part in copies)
+
+
+@OPS
+def test_autocast_changes_nothing(op, inputs):
+    x, state = leaves(inputs(20), torch.float32), leaves(states(op), torch.float32)
+    token = [part.detach().clone() for part in at(x, slice(0, 1))]
+    expected = results(op.chunked, x, state), op.step(*[part.clone() for part in token], copied(state))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results(op.chunked, x, state), op.step(*token, copied(state))
+    assert all(torch.equal(a, b) for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True))
 
 
 class Allocations(TorchDispatchMode):
