@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn.init import orthogonal_
 
 from .deltanet import DeltaRule
-from .gated_deltanet import bounded_decay, inverse_softplus, spread_rates
 from .ops.kda import OP
+from .rates import bounded_decay, inverse_softplus, spread_rates
 from .specs.base import Geometry, TensorSpec
 from .specs.kda import KDAOptions, KDASpec
 

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from .base import MixerInputs, State
-from .gated_deltanet import LOG_DECAY_FLOOR, spread_rates
 from .heads import AttentionMixer, wide
 from .kernels import run
 from .ops.gla import OP as GLA_OP
 from .ops.op import Op
+from .rates import LOG_DECAY_FLOOR, spread_rates
 from .specs.base import Geometry, TensorSpec
 from .specs.heads import chunk_length
 

@@ -10,10 +10,10 @@ from torch.nn.functional import softplus
 from torch.nn.init import orthogonal_
 
 from .base import MixerInputs, State
-from .gated_deltanet import inverse_softplus, spread_rates
 from .heads import AttentionMixer, wide
 from .kernels import run
 from .ops.selective_scan import OP
+from .rates import inverse_softplus, spread_rates
 from .specs.base import Geometry, TensorSpec
 from .specs.mamba import MambaOptions, MambaSpec, dt_rank, group_size
 

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn.functional import softplus
 
 from .base import MixerInputs, State
-from .gated_deltanet import LOG_DECAY_FLOOR, inverse_softplus, spread_rates
 from .heads import wide
 from .linear import LinearAttention
 from .ops.simple_gla import OP
+from .rates import LOG_DECAY_FLOOR, inverse_softplus, spread_rates
 from .specs.base import Geometry, TensorSpec
 from .specs.mamba2 import Mamba2Options, Mamba2Spec
 

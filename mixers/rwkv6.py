@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from .base import MixerInputs, State
-from .gated_deltanet import LOG_DECAY_FLOOR
 from .heads import wide
 from .linear import ChannelAttention
 from .ops.short_conv import short_conv
+from .rates import LOG_DECAY_FLOOR
 from .specs.base import Geometry, TensorSpec
 from .specs.rwkv6 import SHIFTED, RWKV6Options, RWKV6Spec, rank
 

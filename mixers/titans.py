@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from .deltanet import DeltaRule
-from .gated_deltanet import spread_rates
 from .heads import wide
 from .ops.titans import OP
+from .rates import spread_rates
 from .specs.base import Geometry, TensorSpec
 from .specs.titans import TitansOptions, TitansSpec
 
