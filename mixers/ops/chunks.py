@@ -6,9 +6,10 @@ product is one plain `bmm` and the states of one chunk, (B * H, dk, dv), lie tog
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -41,6 +42,30 @@ def real_segments(segments: torch.Tensor | None, padding: torch.Tensor | None) -
         return segments
     first = segments.masked_fill(~padding, torch.iinfo(segments.dtype).max).amin(1, keepdim=True)
     return torch.maximum(segments.masked_fill(~padding, torch.iinfo(segments.dtype).min).cummax(1).values, first)
+
+
+def continues(segments: torch.Tensor | None, padding: torch.Tensor | None) -> torch.Tensor | None:
+    """(B, T) bool, False at the first token of every document but the row's first, which the incoming state belongs to.
+
+    None where a row is one document. Padding opens and closes none.
+    """
+    numbers = real_segments(segments, padding)
+    if numbers is None:
+        return None
+    return pad(numbers[:, 1:] == numbers[:, :-1], (1, 0), value=True)
+
+
+def without_padding(x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+    """(B, T, ...) with zeros at padding."""
+    return x if padding is None else x.masked_fill(~padding.view(*padding.shape, *(1,) * (x.dim() - 2)), 0.0)
+
+
+def masked(padding: torch.Tensor | None, dtype: torch.dtype, *inputs: torch.Tensor | None) -> tuple[Any, ...]:
+    """Inputs (B, T, ...) in the dtype of the computation; at padding all zero: nothing read or written, no decay.
+
+    An input that is None stays None.
+    """
+    return tuple(None if x is None else without_padding(x.to(dtype), padding) for x in inputs)
 
 
 def split(x: torch.Tensor, chunk: int, dtype: torch.dtype) -> torch.Tensor:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .chunks import real_segments
+from .chunks import continues, without_padding
 
 RWKV7_DECAY_BOUND = -0.61
 """Below every log-decay of RWKV-7 (-0.6065): lets fla take chunks of 64 tokens on tensor cores, at 1e-5 in fp32."""
@@ -162,11 +162,9 @@ class Documents(NamedTuple):
 
 def borders(segments: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
     """(B, T) bool, True at the first token of every document but the row's first. Padding opens and closes none."""
-    numbers = real_segments(segments, padding)
-    assert numbers is not None
-    fresh = torch.zeros_like(numbers, dtype=torch.bool)
-    fresh[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
-    return fresh
+    same = continues(segments, padding)
+    assert same is not None
+    return ~same
 
 
 def documents(segments: torch.Tensor, padding: torch.Tensor | None) -> Documents:
@@ -188,11 +186,6 @@ def _documents(segments: torch.Tensor, padding: torch.Tensor | None, versions: t
     return Documents(starts, torch.cat([count.new_zeros(1), count[:-1]]), count - 1)
 
 
-def _real(x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
-    """(B, T, ...) with zeros at padding."""
-    return x if padding is None else x.masked_fill(~padding[(...,) + (None,) * (x.dim() - 2)], 0.0)
-
-
 def _run(
     kernel: Callable[..., Result],
     inputs: tuple[torch.Tensor, ...],
@@ -206,7 +199,7 @@ def _run(
         kernel: takes the inputs and, by name, fla's `initial_state` and `cu_seqlens`.
     """
     batch, length = inputs[0].shape[:2]
-    inputs = tuple(_real(x, padding) for x in inputs)
+    inputs = tuple(without_padding(x, padding) for x in inputs)
     state = None if state is None else state.float()
     with torch.autocast(inputs[0].device.type, enabled=False):
         if segments is None:
@@ -307,11 +300,11 @@ def mamba_simple_gla(
     numbers = None if segments is None else borders(segments, padding).cumsum(1).to(torch.int32)
     with torch.autocast(v.device.type, enabled=False):
         out, last = _function("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")(
-            _real(values, padding),
-            _real(steps, padding),
+            without_padding(values, padding),
+            without_padding(steps, padding),
             rates,
-            _real(k.to(v.dtype), padding),
-            _real(q.to(v.dtype), padding),
+            without_padding(k.to(v.dtype), padding),
+            without_padding(q.to(v.dtype), padding),
             chunk_size=64,
             initial_states=None if state is None else state.float().mT.contiguous(),
             seq_idx=numbers,
@@ -352,7 +345,7 @@ def mamba_selective_scan(
     """
     if state is not None:
         raise ValueError("mamba-ssm's selective scan takes no incoming state: set form: chunked")
-    rows = [x.float(), _real(dt.float(), padding), B.float(), _real(C.float(), padding)]
+    rows = [x.float(), without_padding(dt.float(), padding), B.float(), without_padding(C.float(), padding)]
     place = None
     if segments is not None:
         fresh = borders(segments, padding)
@@ -400,7 +393,7 @@ def mamba_selective_steps(
     rates = A.float().view(groups, -1, A.shape[1])
     # The kernel wants a bias and a skip weight, although it documents both as optional.
     zero = rates.new_zeros(1, 1).expand(groups, size[2])
-    wide = (x.float(), _real(dt.float(), padding), B.float(), _real(C.float(), padding))
+    wide = (x.float(), without_padding(dt.float(), padding), B.float(), without_padding(C.float(), padding))
     update = _function("mamba_ssm.ops.triton.selective_state_update", "selective_state_update")
     out = [
         update(h, x_.reshape(size), dt_.reshape(size), rates, B_, C_, D=zero, dt_bias=zero)

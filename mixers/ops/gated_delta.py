@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from .chunks import Borders, compute_dtype, initial_state, real_segments
+from .chunks import Borders, compute_dtype, continues, initial_state, masked, real_segments
 from .decays import Decays, scalar_decays
 from .op import Op
 from .segmented import Kernel, Parts, Tensors, segmented
@@ -47,9 +47,8 @@ def recurrent(
     batch, length, heads, dk = k.shape
     dtype = compute_dtype(v.dtype)
     S = initial_state(state, batch, heads, dk, v.shape[-1], v, dtype)
-    q_, k_, v_, beta_, g_ = _masked(q, k, v, beta, g, padding, dtype)
-    segments = real_segments(segments, padding)
-    fresh = None if segments is None or length == 1 else (segments[:, 1:] == segments[:, :-1]).to(dtype).unbind(1)
+    q_, k_, v_, beta_, g_ = masked(padding, dtype, q, k, v, beta, g)
+    same = continues(segments, padding)
     decay = None if g_ is None else g_.exp()[..., None, None].unbind(1)
     columns = k_[..., None].unbind(1)
     rows = k_[..., None, :].unbind(1)
@@ -58,8 +57,8 @@ def recurrent(
     strengths = beta_[..., None, None].unbind(1)
     out = []
     for t in range(length):
-        if fresh is not None and t:
-            S = S * fresh[t - 1][:, None, None, None]
+        if same is not None:
+            S = S * same[:, t, None, None, None]
         if decay is not None:
             S = S * decay[t]
         S = S + columns[t] * (writes[t] - strengths[t] * (rows[t] @ S))
@@ -90,7 +89,7 @@ def chunked(
     with torch.autocast(v.device.type, enabled=False):
         S = initial_state(state, batch, heads, dk, v.shape[-1], v, dtype)
         if padding is not None:
-            q, k, v, beta, g = _masked(q, k, v, beta, g, padding, dtype)
+            q, k, v, beta, g = masked(padding, dtype, q, k, v, beta, g)
         out, (S,) = segmented(_KERNEL, (q, k, v, g, beta), (S,), chunk, real_segments(segments, padding))
         return out.to(v.dtype), S
 
@@ -202,24 +201,6 @@ def step(
     torch.sub(values, read_state(k, state, out), out=out).mul_(beta.unsqueeze(-1))
     state.addcmul_(k.permute(0, 2, 3, 1), out.transpose(1, 2))
     return read_state(q, state, out).to(v.dtype)
-
-
-def _masked(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    beta: torch.Tensor,
-    g: torch.Tensor | None,
-    padding: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Inputs in the dtype of the computation; at padding all zero: nothing read, nothing written, no decay."""
-
-    def real(x: torch.Tensor) -> torch.Tensor:
-        x = x.to(dtype)
-        return x if padding is None else x.masked_fill(~padding.view(*padding.shape, *(1,) * (x.dim() - 2)), 0.0)
-
-    return real(q), real(k), real(v), real(beta), None if g is None else real(g)
 
 
 OP = Op("gated_delta", recurrent, chunked, step)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from .chunks import Borders, compute_dtype, initial_state, real_segments
+from .chunks import Borders, compute_dtype, continues, initial_state, masked, real_segments
 from .decays import channel_decays, flows_after, seen, states_before
 from .op import Op
 from .segmented import Kernel, Parts, Tensors, segmented
@@ -46,17 +46,16 @@ def recurrent(
     batch, length, heads, dk = k.shape
     dtype = compute_dtype(v.dtype)
     S = initial_state(state, batch, heads, dk, v.shape[-1], v, dtype)
-    q_, k_, v_, g_ = _masked(q, k, v, g, padding, dtype)
-    segments = real_segments(segments, padding)
-    fresh = None if segments is None or length == 1 else (segments[:, 1:] == segments[:, :-1]).to(dtype).unbind(1)
+    q_, k_, v_, g_ = masked(padding, dtype, q, k, v, g)
+    same = continues(segments, padding)
     decay = g_.exp()[..., None].unbind(1)
     columns = k_[..., None].unbind(1)
     rows = v_[..., None, :].unbind(1)
     queries = q_[..., None, :].unbind(1)
     out = []
     for t in range(length):
-        if fresh is not None and t:
-            S = S * fresh[t - 1][:, None, None, None]
+        if same is not None:
+            S = S * same[:, t, None, None, None]
         S = S * decay[t] + columns[t] * rows[t]
         out.append(queries[t] @ S)
     return torch.cat(out, -2).transpose(1, 2).to(v.dtype), S
@@ -87,7 +86,7 @@ def chunked(
     with torch.autocast(v.device.type, enabled=False):
         S = initial_state(state, batch, heads, dk, v.shape[-1], v, dtype)
         if padding is not None:
-            q, k, v, g = _masked(q, k, v, g, padding, dtype)
+            q, k, v, g = masked(padding, dtype, q, k, v, g)
         out, (S,) = segmented(_KERNEL, (q, k, v, g), (S,), chunk, real_segments(segments, padding))
         return out.to(v.dtype), S
 
@@ -145,17 +144,6 @@ def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, sta
     out = torch.empty_like(values, memory_format=torch.contiguous_format)
     state.mul_(g.exp_().permute(0, 2, 3, 1)).addcmul_(k.permute(0, 2, 3, 1), values.transpose(1, 2))
     return read_state(q, state, out).to(v.dtype)
-
-
-def _masked(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, padding: torch.Tensor | None, dtype: torch.dtype
-) -> tuple[torch.Tensor, ...]:
-    """Inputs in the dtype of the computation; at padding all zero: nothing read, nothing written, no decay."""
-    inputs = tuple(x.to(dtype) for x in (q, k, v, g))
-    if padding is None:
-        return inputs
-    absent = ~padding[..., None, None]
-    return tuple(x.masked_fill(absent, 0.0) for x in inputs)
 
 
 OP = Op("gla", recurrent, chunked, step)

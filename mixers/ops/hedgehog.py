@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from .chunks import Borders, compute_dtype, real_segments
+from .chunks import Borders, compute_dtype, continues
 from .decays import flows_after, states_before
 from .op import Op
 from .segmented import Kernel, Parts, Tensors, segmented
@@ -70,12 +70,12 @@ def recurrent(
     dtype = compute_dtype(v.dtype)
     keys, values, features, sums, count = initial(state, k, v, phi_k, window)
     places = torch.arange(window, device=k.device)
-    real = real_segments(segments, padding)
+    going_on = continues(segments, padding)
     weight = gamma.to(dtype).view(k.shape[2], -1, 1)
     out = []
     for t in range(k.shape[1]):
-        if real is not None and t:
-            same = (real[:, t] == real[:, t - 1]).to(dtype)[:, None]
+        if going_on is not None:
+            same = going_on[:, t, None]
             wide = same[..., None, None]
             keys, values, features, sums, count = keys * wide, values * wide, features * wide, sums * wide, count * same
         exists = None if padding is None else padding[:, t, None]

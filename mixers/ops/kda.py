@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from .chunks import Borders, compute_dtype, initial_state, real_segments
+from .chunks import Borders, compute_dtype, continues, initial_state, masked, real_segments
 from .decays import ChannelDecays, channel_decays, seen
 from .delta import Factors, delta_backward, delta_forward
 from .op import Op
@@ -49,9 +49,8 @@ def recurrent(
     batch, length, heads, dk = k.shape
     dtype = compute_dtype(v.dtype)
     S = initial_state(state, batch, heads, dk, v.shape[-1], v, dtype)
-    q_, k_, v_, g_, beta_ = _masked(q, k, v, g, beta, padding, dtype)
-    segments = real_segments(segments, padding)
-    fresh = None if segments is None or length == 1 else (segments[:, 1:] == segments[:, :-1]).to(dtype).unbind(1)
+    q_, k_, v_, g_, beta_ = masked(padding, dtype, q, k, v, g, beta)
+    same = continues(segments, padding)
     decay = g_.exp()[..., None].unbind(1)
     columns = k_[..., None].unbind(1)
     rows = k_[..., None, :].unbind(1)
@@ -60,8 +59,8 @@ def recurrent(
     strengths = beta_[..., None, None].unbind(1)
     out = []
     for t in range(length):
-        if fresh is not None and t:
-            S = S * fresh[t - 1][:, None, None, None]
+        if same is not None:
+            S = S * same[:, t, None, None, None]
         S = S * decay[t]
         S = S + columns[t] * (writes[t] - strengths[t] * (rows[t] @ S))
         out.append(queries[t] @ S)
@@ -96,7 +95,7 @@ def chunked(
     with torch.autocast(v.device.type, enabled=False):
         S = initial_state(state, batch, heads, dk, v.shape[-1], v, dtype)
         if padding is not None:
-            q, k, v, g, beta = _masked(q, k, v, g, beta, padding, dtype)
+            q, k, v, g, beta = masked(padding, dtype, q, k, v, g, beta)
         out, (S,) = segmented(_KERNEL, (q, k, g, beta, v), (S,), chunk, real_segments(segments, padding))
         return out.to(v.dtype), S
 
@@ -162,23 +161,6 @@ def step(
     out = values.clone().baddbmm_(k, S, alpha=-1).mul_(beta)
     S.addcmul_(k.mT, out)
     return torch.bmm(q, S, out=out).view(v.shape).to(v.dtype)
-
-
-def _masked(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    padding: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, ...]:
-    """Inputs in the dtype of the computation; at padding all zero: nothing read, nothing written, no decay."""
-    inputs = tuple(x.to(dtype) for x in (q, k, v, g, beta))
-    if padding is None:
-        return inputs
-    absent = ~padding[..., None]
-    return tuple(x.masked_fill(absent[..., None] if x.dim() == 4 else absent, 0.0) for x in inputs)
 
 
 OP = Op("kda", recurrent, chunked, step)

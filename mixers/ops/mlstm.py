@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from .chunks import Borders, compute_dtype, initial_state, real_segments
+from .chunks import Borders, compute_dtype, continues, initial_state, real_segments, without_padding
 from .decays import bounded_exp, flows_after, scalar_decay_gradient, seen, states_before
 from .op import Op
 from .segmented import Kernel, Parts, Tensors, segmented
@@ -54,11 +54,10 @@ def recurrent(
     Returns:
         (B, T, H, dv) in the dtype of v, and the state in fp32 (fp64 for fp64 inputs).
     """
-    length = v.shape[1]
     dtype = compute_dtype(v.dtype)
     C, n, m = _initial(state, k, v, dtype)
-    (i_, f_), segments = _masked(i, f, padding, dtype), real_segments(segments, padding)
-    fresh = None if segments is None or length == 1 else (segments[:, 1:] == segments[:, :-1]).unbind(1)
+    i_, f_ = _masked(i, f, padding, dtype)
+    same = continues(segments, padding)
     columns = k.to(dtype)[..., None].unbind(1)
     values = v.to(dtype)[..., None, :].unbind(1)
     queries = q.to(dtype)[..., None, :].unbind(1)
@@ -66,10 +65,10 @@ def recurrent(
     scale = m.detach()  # the m of C and n, a constant
     C, n = _rescaled(C, n, m - scale)
     for t, (write, keep) in enumerate(zip(i_.unbind(1), f_.unbind(1), strict=True)):
-        if fresh is not None and t:
-            same = fresh[t - 1][:, None]
-            C, n = C * same[..., None, None], n * same[..., None]
-            m, scale = m * same, scale * same
+        if same is not None:
+            here = same[:, t, None]
+            C, n = C * here[..., None, None], n * here[..., None]
+            m, scale = m * here, scale * here
         m = torch.maximum(keep + m, write)
         before, scale = scale, m.detach()
         keep, write = (keep + before - scale).exp()[..., None], (write - scale).exp()[..., None]
@@ -77,9 +76,7 @@ def recurrent(
         n = keep * n + write * columns[t][..., 0]
         size = (queries[t] @ n[..., None]).abs()
         out.append(queries[t] @ C / torch.maximum(size, _least(scale)[..., None, None]))
-    stacked = torch.cat(out, -2).transpose(1, 2)
-    if padding is not None:
-        stacked = stacked.masked_fill(~padding[..., None, None], 0.0)
+    stacked = without_padding(torch.cat(out, -2).transpose(1, 2), padding)
     return stacked.to(v.dtype), (*_rescaled(C, n, scale - m), m)
 
 
@@ -111,9 +108,7 @@ def chunked(
         C, n = _rescaled(C, n, m - scale)
         out, (C, n, scale) = segmented(_KERNEL, (q, k, i_, f_, v), (C, n, scale), chunk, real)
         C, n = _rescaled(C, n, scale.detach() - last)
-        if padding is not None:
-            out = out.masked_fill(~padding[..., None, None], 0.0)
-        return out.to(v.dtype), (C, n, last)
+        return without_padding(out, padding).to(v.dtype), (C, n, last)
 
 
 class _Gates(NamedTuple):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from .chunks import Borders, compute_dtype, initial_state, real_segments
+from .chunks import Borders, compute_dtype, continues, initial_state, masked, real_segments
 from .decays import ChannelDecays, channel_decays
 from .op import Op
 from .segmented import Kernel, Parts, Tensors, segmented
@@ -53,9 +53,8 @@ def recurrent(
     batch, length, heads, dk = k.shape
     dtype = compute_dtype(v.dtype)
     S = initial_state(state, batch, heads, dk, v.shape[-1], v, dtype)
-    r_, w_, k_, v_, kappa_, a_ = _masked(r, w, k, v, kappa, a, padding, dtype)
-    segments = real_segments(segments, padding)
-    fresh = None if segments is None or length == 1 else (segments[:, 1:] == segments[:, :-1]).to(dtype).unbind(1)
+    r_, w_, k_, v_, kappa_, a_ = masked(padding, dtype, r, w, k, v, kappa, a)
+    same = continues(segments, padding)
     decay = w_.exp()[..., None].unbind(1)
     removal = kappa_[..., None, :].unbind(1)
     removed = (kappa_ * a_)[..., None].unbind(1)
@@ -64,8 +63,8 @@ def recurrent(
     reads = r_[..., None, :].unbind(1)
     out = []
     for t in range(length):
-        if fresh is not None and t:
-            S = S * fresh[t - 1][:, None, None, None]
+        if same is not None:
+            S = S * same[:, t, None, None, None]
         S = S * decay[t] - removed[t] * (removal[t] @ S) + write[t] * values[t]
         out.append(reads[t] @ S)
     return torch.cat(out, -2).transpose(1, 2).to(v.dtype), S
@@ -101,7 +100,7 @@ def chunked(
     with torch.autocast(v.device.type, enabled=False):
         S = initial_state(state, batch, heads, dk, v.shape[-1], v, dtype)
         if padding is not None:
-            r, w, k, v, kappa, a = _masked(r, w, k, v, kappa, a, padding, dtype)
+            r, w, k, v, kappa, a = masked(padding, dtype, r, w, k, v, kappa, a)
         out, (S,) = segmented(_KERNEL, (r, w, k, v, kappa, a), (S,), chunk, real_segments(segments, padding))
         return out.to(v.dtype), S
 
@@ -231,24 +230,6 @@ def step(
     state.addcmul_(a.mul_(kappa).permute(0, 2, 3, 1), out.transpose(1, 2), value=-1)
     state.addcmul_(k.permute(0, 2, 3, 1), values.transpose(1, 2))
     return read_state(r, state, out).to(v.dtype)
-
-
-def _masked(
-    r: torch.Tensor,
-    w: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kappa: torch.Tensor,
-    a: torch.Tensor,
-    padding: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, ...]:
-    """Inputs in the dtype of the computation; at padding all zero: nothing read, nothing written, no decay."""
-    inputs = tuple(x.to(dtype) for x in (r, w, k, v, kappa, a))
-    if padding is None:
-        return inputs
-    absent = ~padding[..., None, None]
-    return tuple(x.masked_fill(absent, 0.0) for x in inputs)
 
 
 OP = Op("rwkv7", recurrent, chunked, step)

@@ -18,7 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from .chunks import compute_dtype, real_segments
+from .chunks import compute_dtype, continues, without_padding
 from .decays import LOG2E
 from .op import Op
 from .steps import in_dtype
@@ -54,20 +54,20 @@ def recurrent(
     """
     dtype = compute_dtype(x.dtype)
     h = _initial(state, x, A, B, dtype)
-    dt_ = _masked(dt, padding, dtype)
-    keep = _keep(real_segments(segments, padding), dtype)
+    dt_ = without_padding(dt.to(dtype), padding)  # no time passes there: nothing is written and nothing decays
+    same = continues(segments, padding)
     per = x.shape[-1] // B.shape[2]
     B_, C_ = (y.to(dtype).repeat_interleave(per, 2) for y in (B, C))
     decay = dt_[..., None] * A.to(dtype)
     written = (dt_ * x.to(dtype))[..., None] * B_
     out = []
     for t, (a, b, c) in enumerate(zip(decay.exp().unbind(1), written.unbind(1), C_.unbind(1), strict=True)):
-        if keep is not None and t:
-            h = h * keep[:, t, None, None]
+        if same is not None:
+            h = h * same[:, t, None, None]
         h = a * h + b
         out.append((h * c).sum(-1))
     y = torch.stack(out, 1)
-    return _zero(y, padding).to(x.dtype), h
+    return without_padding(y, padding).to(x.dtype), h
 
 
 def chunked(
@@ -89,11 +89,12 @@ def chunked(
     dtype = compute_dtype(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         h = _initial(state, x, A, B, dtype)
-        keep = _keep(real_segments(segments, padding), dtype)
+        same = continues(segments, padding)
+        keep = None if same is None else same.to(dtype)
         y, h = _Scan.apply(  # pyright: ignore[reportGeneralTypeIssues]
-            x, _masked(dt, padding, dtype), A, B, C, h, keep, chunk
+            x, without_padding(dt.to(dtype), padding), A, B, C, h, keep, chunk
         )
-        return _zero(y, padding).to(x.dtype), h
+        return without_padding(y, padding).to(x.dtype), h
 
 
 def step(
@@ -288,23 +289,6 @@ def _initial(
     if state.shape != shape:
         raise ValueError(f"state has shape {tuple(state.shape)}, expected (B, I, N) = {shape}")
     return state.to(dtype)
-
-
-def _keep(segments: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """(B, T), 0 at tokens that begin a document. The state before the first token belongs to its document."""
-    if segments is None:
-        return None
-    return pad((segments[:, 1:] == segments[:, :-1]).to(dtype), (1, 0), value=1.0)
-
-
-def _masked(dt: torch.Tensor, padding: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """Step sizes in the dtype of the computation; at padding no time passes: nothing is written and nothing decays."""
-    return _zero(dt.to(dtype), padding)
-
-
-def _zero(x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
-    """(B, T, I) with zeros at padding."""
-    return x if padding is None else x.masked_fill(~padding[..., None], 0.0)
 
 
 OP = Op("selective_scan", recurrent, chunked, step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .chunks import compute_dtype, real_segments
+from .chunks import compute_dtype, real_segments, without_padding
 
 
 def short_conv(
@@ -30,9 +30,7 @@ def short_conv(
     past = taps.shape[1] - 1
     dtype = compute_dtype(x.dtype)
     weights = taps.to(dtype).unbind(1)
-    wide = x.to(dtype)
-    if padding is not None:
-        wide = wide.masked_fill(~padding[..., None], 0.0)
+    wide = without_padding(x.to(dtype), padding)
     before = wide.new_zeros(batch, past, channels) if buffer is None else buffer.to(dtype)
     line = torch.cat([before, wide], 1)
     out = wide * weights[past]

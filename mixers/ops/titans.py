@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from .chunks import Borders, compute_dtype, initial_state, real_segments
+from .chunks import Borders, compute_dtype, continues, initial_state, real_segments, without_padding
 from .decays import bounded_exp, seen
 from .delta import Factors, delta_backward, delta_forward
 from .op import Op
@@ -58,21 +58,18 @@ def recurrent(
     Returns:
         (B, T, H, dv) in the dtype of v, and M and S in fp32 (fp64 for fp64 inputs).
     """
-    length = v.shape[1]
     dtype = compute_dtype(v.dtype)
     M, S = _initial(state, k, v, dtype)
     q_, k_, v_, theta_, eta_, alpha_ = (x.to(dtype) for x in (q, k, v, theta, eta, alpha))
     real = torch.ones(v.shape[:2], dtype=torch.bool, device=v.device) if padding is None else padding
-    segments = real_segments(segments, padding)
-    fresh = None if segments is None or length == 1 else (segments[:, 1:] == segments[:, :-1]).to(dtype).unbind(1)
+    same = continues(segments, padding)
     columns, rows = k_[..., None].unbind(1), k_[..., None, :].unbind(1)
     values, queries = v_[..., None, :].unbind(1), q_[..., None, :].unbind(1)
     gates = (x[..., None, None].unbind(1) for x in (theta_, eta_, 1 - alpha_))
     out = []
     for t, (rate, momentum, keep) in enumerate(zip(*gates, strict=True)):
-        if fresh is not None and t:
-            same = fresh[t - 1][:, None, None, None]
-            M, S = M * same, S * same
+        if same is not None:
+            M, S = M * same[:, t, None, None, None], S * same[:, t, None, None, None]
         here = real[:, t, None, None, None]
         S = torch.where(here, momentum * S + columns[t] * (rate * (values[t] - rows[t] @ M)), S)
         M = torch.where(here, keep * M + S, M)
@@ -106,8 +103,7 @@ def chunked(
         here = None if padding is None else padding[..., None].expand(theta.shape).to(dtype)
         inputs = (q, k, theta, eta, alpha, here, v)
         out, (last,) = segmented(_KERNEL, inputs, (both,), chunk, real_segments(segments, padding))
-        if padding is not None:
-            out = out.masked_fill(~padding[..., None, None], 0.0)
+        out = without_padding(out, padding)
         M, S = (part.contiguous() for part in last.chunk(2, 2))
         return out.to(v.dtype), (M, S)
 

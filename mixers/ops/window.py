@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import pad
 
-from .chunks import compute_dtype, real_segments
+from .chunks import compute_dtype, continues, without_padding
 from .op import Op
 
 BLOCK = 128
@@ -62,11 +62,11 @@ def recurrent(
     dtype = compute_dtype(v.dtype)
     keys, values, count = initial(state, k, v, window, sinks)
     places = torch.arange(sinks + window, device=k.device)
-    real = real_segments(segments, padding)
+    going_on = continues(segments, padding)
     out = []
     for t in range(length):
-        if real is not None and t:
-            same = (real[:, t] == real[:, t - 1]).to(dtype)[:, None]
+        if going_on is not None:
+            same = going_on[:, t, None]
             keys, values, count = keys * same[..., None, None], values * same[..., None, None], count * same
         exists = None if padding is None else padding[:, t, None]
         here = places == next_place(count, window, sinks)  # (B, S)
@@ -229,7 +229,7 @@ class Row:
         if self.order is None or self.padding is None:
             return x
         x = x.gather(1, _like(self.order.argsort(1), x))
-        return x.masked_fill(~self.padding.view(*self.padding.shape, *(1,) * (x.dim() - 2)), 0.0)
+        return without_padding(x, self.padding)
 
     def in_turn(self, ring: torch.Tensor, number: int, window: int, sinks: int) -> torch.Tensor:
         """The last `number` tokens before this call from the state's places: (B, K, S, d) -> (B, K, number, d)."""
