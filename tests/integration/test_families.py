@@ -207,20 +207,8 @@ def test_generation(student: Any) -> None:
     assert torch.equal(generate(student, tokens, mask)[0, 21:], alone)
 
 
-def test_gradient_checkpointing(teacher: Teacher) -> None:
-    model = moved(teacher, SOME).train()
-
-    def gradients() -> dict[str, torch.Tensor]:
-        model.zero_grad()
-        model(ids(), labels=ids(), use_cache=False).loss.backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-    plain = gradients()
-    model.activation_checkpointing_enable()
-    again = gradients()
-    assert plain.keys() == again.keys() == dict(model.named_parameters()).keys()
-    for name, value in plain.items():
-        torch.testing.assert_close(again[name], value, rtol=1e-4, atol=1e-6, msg=name)
+def test_gradient_checkpointing(teacher: Teacher, checkpointing_keeps_gradients: Any) -> None:
+    checkpointing_keeps_gradients(moved(teacher, SOME), ids())
 
 
 @torch.no_grad()
