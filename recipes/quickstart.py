@@ -21,8 +21,9 @@ from ..eval.fidelity import measure
 from ..eval.recall import recall
 from ..eval.tables import Row, to_json, to_text
 from . import loader
-from .runner import Progress, Silent, eval_set, open_session, run
+from .runner import run
 from .schema import AlignStage, Recipe
+from .session import Progress, Silent, eval_set, open_session
 from .teacher_config import locate
 
 LENGTHS = (1024, 8192, 32768)

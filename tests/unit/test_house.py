@@ -27,7 +27,7 @@ DIRECTIONS: dict[str, dict[str, set[str] | None]] = {
     "recipes": {"mixers": None, "distill": None, "eval": None},
     "launch": {"mixers": None, "distill": None, "eval": None, "recipes": None},
 }
-ONLY_LAUNCH_AND_EACH_OTHER = {"recipes.runner", "recipes.quickstart", "recipes.bench"}
+ONLY_LAUNCH_AND_EACH_OTHER = {"recipes.runner", "recipes.session", "recipes.quickstart", "recipes.bench"}
 HEAVY = {
     *("torch", "transformers", "datasets", "safetensors", "numpy", "matplotlib"),
     *("tokenizers", "huggingface_hub", "fla", "pyarrow"),
@@ -44,7 +44,7 @@ TORCH_FREE = {
     "recipes": True,
 }
 TORCH_BOUND = {
-    *("recipes.runner", "recipes.quickstart", "recipes.embedded.train"),
+    *("recipes.runner", "recipes.session", "recipes.quickstart", "recipes.embedded.train"),
     *("recipes.bench", "recipes.bench_ops", "recipes.bench_cases", "recipes.bench_steps"),
     *("recipes.bench_measure", "recipes.bench_baselines"),
 }

@@ -1,0 +1,203 @@
+"""A run under way: everything that is opened before work starts, and whom it tells how far it is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from .. import __version__
+from ..distill import checkpoint, run_folder
+from ..distill.data.corpus import Corpus, open_corpus
+from ..distill.data.windows import eval_batches
+from ..distill.errors import MachineError, UserError
+from ..distill.stage import StageResult
+from ..distill.teacher import Teacher, load_teacher
+from . import loader
+from .layers import LayerMap
+from .plan import layer_map, window
+from .schema import EMBEDDED, Recipe, TrainingStage
+from .teacher_config import locate
+
+
+class Progress(Protocol):
+    """Whom a run tells how far it is; `launch.progress.Progress` is one."""
+
+    def stage(self, name: str, total_tokens: int | None = None, done_tokens: int = 0) -> None:
+        """A stage begins."""
+
+    def update(self, tokens: int, **metrics: float) -> None:
+        """So many tokens are done."""
+
+    def note(self, text: str) -> None:
+        """A sentence to the reader."""
+
+    def done(self) -> None:
+        """The stage ended."""
+
+
+class Silent:
+    """A `Progress` that says nothing."""
+
+    def stage(self, name: str, total_tokens: int | None = None, done_tokens: int = 0) -> None:
+        """Nothing."""
+
+    def update(self, tokens: int, **metrics: float) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def done(self) -> None:
+        """Nothing."""
+
+
+@dataclass
+class Session:
+    """A run under way.
+
+    Attributes:
+        recipe: resolved.
+        folder: the run folder.
+        teacher: frozen.
+        layers: what is kept and what converted.
+        corpus: training data and held-out documents.
+        progress: whom to tell.
+        resume: the folder may hold this run already.
+        deadline: `time.monotonic()` at which to stop, or None.
+        track: sends a step's metrics to the tracker that the recipe names.
+        mixers: by layer, once transferred.
+        student: once assembled.
+        results: of the stages that ended, in order.
+        measured: stage name -> fidelity on held-out text after it.
+    """
+
+    recipe: Recipe
+    folder: Path
+    teacher: Teacher
+    layers: LayerMap
+    corpus: Corpus
+    progress: Progress
+    resume: bool = False
+    deadline: float | None = None
+    track: Callable[[dict[str, Any]], None] = lambda record: None
+    mixers: dict[int, Any] = field(default_factory=dict)
+    student: Any = None
+    results: list[StageResult] = field(default_factory=list)
+    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def open_session(
+    recipe: Recipe, *, resume: bool, max_hours: float | None, progress: Progress, start: Path | None
+) -> Session:
+    """Everything that can fail before work starts: teacher, layers, folder, data."""
+    if recipe.publish.repo is not None:
+        raise UserError(
+            "publish.repo: pushing to the Hub is not available in this version; write publish.repo=null and upload "
+            "the export folder with `hf upload`"
+        )
+    if recipe.engine.threads is not None:
+        torch.set_num_threads(recipe.engine.threads)
+    device = _device(recipe.engine.device)
+    source = recipe.teacher.model
+    teacher = load_teacher(locate(source), recipe.teacher.revision, recipe.teacher.dtype, device)
+    layers = layer_map(recipe, teacher.num_layers)
+    trains = [stage.name for stage in recipe.stages if isinstance(stage, TrainingStage)]
+    if trains and not layers.converted:
+        raise UserError(f"layers: nothing is converted, so {trains[0]} has nothing to train. Write layers.convert=all")
+    folder = Path(str(recipe.save.dir))
+    record = {
+        "recipe": recipe.to_dict(),
+        "teacher": {
+            "source": source,
+            "folder": str(teacher.folder.resolve()),
+            "revision": teacher.revision,
+            "family": teacher.family.name,
+        },
+        "layers": {str(layer): list(value) for layer, value in layers.converted.items()},
+        "kept_attention": layers.attention,
+        "start": None if start is None else str(start),
+        "stages": [[stage.name, stage.kind] for stage in recipe.stages],
+        "environment": checkpoint.environment(),
+        "relinear": __version__,
+    }
+    held = run_folder.claim(folder, record, loader.dump(recipe), resume=resume)
+    if resume and not held:
+        progress.note(f"{folder}: holds no run yet; starting it")
+    progress.note(
+        f"teacher {source}: {teacher.family.name}, {teacher.num_layers} layers, context {teacher.context}, "
+        f"{sum(p.numel() for p in teacher.model.parameters()):,} parameters, {recipe.teacher.dtype} on {device}"
+    )
+    progress.note(f"layers {layers.drawing}: {len(layers.converted)} converted, {len(layers.kept)} kept")
+    if layers.changes and layers.kept:
+        progress.note(f"kept attention from glue on: {layers.changes}")
+    said = window(recipe.data.seq_len, teacher.context)[1]
+    if said:
+        progress.note(f"data.seq_len {said}")
+    corpus = _open_data(recipe, teacher, folder)
+    hours = recipe.max_hours if max_hours is None else max_hours
+    deadline = None if hours is None else time.monotonic() + 3600 * hours
+    return Session(recipe, folder, teacher, layers, corpus, progress, resume, deadline, _tracker(recipe, folder))
+
+
+def _tracker(recipe: Recipe, folder: Path) -> Callable[[dict[str, Any]], None]:
+    """Metrics to Weights & Biases where the recipe names a project; metrics.jsonl is written in any case."""
+    if recipe.track.wandb is None:
+        return lambda record: None
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]  (an extra)
+    except ImportError:
+        raise MachineError(
+            "track.wandb: the package wandb is not installed. Install it: pip install 'relinear[wandb]', or write "
+            "track.wandb=null"
+        ) from None
+    made = wandb.init(
+        project=recipe.track.wandb, name=folder.name, id=folder.name, resume="allow", config=recipe.to_dict()
+    )
+    skipped = ("stage", "fraction", "seconds_left")
+
+    def log(record: dict[str, Any]) -> None:
+        made.log({f"{record['stage']}/{key}": value for key, value in record.items() if key not in skipped})
+
+    return log
+
+
+def _device(asked: str) -> str:
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise MachineError("engine.device: cuda is asked for, but torch sees no GPU. Write engine.device=cpu")
+    return asked
+
+
+def _open_data(recipe: Recipe, teacher: Teacher, folder: Path) -> Corpus:
+    """The corpus that the recipe names."""
+    data = recipe.data
+    source = data.source
+    if source == EMBEDDED:
+        from .embedded.corpus import write_text
+
+        source = str(write_text(folder / "text" / "embedded.txt"))
+    share = data.valid if isinstance(data.valid, float) else 0.0
+    corpus = open_corpus(
+        tokenizer=teacher.tokenizer,
+        source=source,
+        mix=data.mix,
+        text=data.text,
+        messages=data.messages,
+        separator=data.separator,
+        split=data.split,
+        valid_source=data.valid if isinstance(data.valid, str) else None,
+        valid_fraction=share,
+    )
+    return corpus
+
+
+def eval_set(session: Session, tokens: int, seq_len: int | None = None) -> Iterator[Any]:
+    """Held-out batches of about `tokens` tokens: whole documents, in windows of min(context, seq_len)."""
+    size = window(session.recipe.data.seq_len, session.teacher.context)[0] if seq_len is None else seq_len
+    return eval_batches(session.corpus.valid.head(tokens), size, 8)
