@@ -86,6 +86,9 @@ class AttentionMixer(Mixer):
 
     states: ClassVar[int] = 1
     """Tensors of the recurrence's state; after them come the convolution's last inputs, then the window's three."""
+    branches: str = "both"
+    """What of a mixer with a window counts: "both", or "window" or "linear" alone, which then has the whole weight.
+    Set on an instance by ablations; state and parameters do not depend on it."""
 
     def __init__(self, geometry: Geometry, options: Any, layer_idx: int, num_layers: int, first: bool) -> None:
         super().__init__(geometry, options, layer_idx, num_layers, first)
@@ -163,7 +166,7 @@ class AttentionMixer(Mixer):
         if isinstance(options, WindowOptions) and options.window:
             seen = turned if options.rope else self.turn(q, k, rotary)
             near, ring = self.window(*seen, v, inputs, past[-3:] or None)
-            o = o + self.window_mix.sigmoid()[:, None] * (wide(near) - o)
+            o = self.blend(near, o)
         return self.output(x, o), (*new, *buffers, *ring)
 
     def window(
@@ -174,6 +177,17 @@ class AttentionMixer(Mixer):
         settings = (self.options.window, geometry.query_scale, geometry.softcap, 0)
         form = "auto" if form == "fused" else form
         return run(WINDOW, form, None, q, k, v, *settings, where=inputs, state=state)
+
+    def blend(self, near: torch.Tensor, far: torch.Tensor) -> torch.Tensor:
+        """The window's output and the recurrence's, both (B, T, H, d), by the share that each head has learnt."""
+        if self.branches == "both":
+            return far + self.window_mix.sigmoid()[:, None] * (wide(near) - far)
+        return wide(near) if self.branches == "window" else far
+
+    @property
+    def has_branches(self) -> bool:
+        """There is a window beside the linear part."""
+        return bool(isinstance(self.options, WindowOptions) and self.options.window)
 
     def projected(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The bare projections to queries, keys and values, (B, T, heads * d), of the layer input."""

@@ -14,6 +14,9 @@ from .ops.hedgehog import OP
 from .specs.base import Geometry, TensorSpec
 from .specs.hedgehog import HedgehogOptions, HedgehogSpec, feature_size
 
+LEAST_WEIGHT = 1e-6
+"""Of a window that should not count, where the linear part alone is looked at."""
+
 
 class Hedgehog(AttentionMixer):
     """o = [w sum_near e^(q.k - c) v + (1 - w) sum_far (phi(q) . phi(k)) v] / [the same without v], w per head; with the
@@ -53,6 +56,11 @@ class Hedgehog(AttentionMixer):
             return torch.empty(row.shape).uniform_(-bound, bound, generator=generator)
         return super().initial(row, generator)
 
+    @property
+    def has_branches(self) -> bool:
+        """See the base class: always."""
+        return True
+
     def mix(
         self,
         x: torch.Tensor,
@@ -68,6 +76,10 @@ class Hedgehog(AttentionMixer):
         mapped = self.features(*(turned if options.rope else (q, k)))
         logit = wide(self.window_weight)
         gamma = logit.exp() if options.mixing == "affine" else logit.sigmoid()  # w / (1 - w), or w
+        if self.branches == "window":
+            mapped = tuple(torch.zeros_like(part) for part in mapped)
+        elif self.branches == "linear":  # a token with nothing before its window has the window still
+            gamma = torch.full_like(gamma, LEAST_WEIGHT)
         heads = (*turned, v, *mapped, gamma)
         settings = (options.window, geometry.query_scale, geometry.softcap)
         o, new = run(
