@@ -62,7 +62,7 @@ def load(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
     """A validated recipe.
 
     Args:
-        name_or_path: a shipped recipe's name, or the path of a YAML file.
+        name_or_path: a shipped recipe's name, `methods/NAME`, or the path of a YAML file.
         overrides: `key=value` changes, applied in order.
 
     Raises:
@@ -91,19 +91,32 @@ def shipped() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in _folder().iterdir() if file.name.endswith(".yaml"))
 
 
+def methods() -> list[str]:
+    """Published procedures inside the package as `methods/NAME`, sorted; `relinear bench methods` runs them."""
+    folder = _folder() / "methods"
+    return sorted(
+        f"methods/{file.name.removesuffix('.yaml')}" for file in folder.iterdir() if file.name.endswith(".yaml")
+    )
+
+
+def inside(name: str) -> bool:
+    """The package has a recipe of that name."""
+    return name in shipped() or name in methods()
+
+
 def text_of(name_or_path: str) -> str:
     """A recipe's file as it stands.
 
     Raises:
         UserError: no such recipe, or not readable.
     """
-    if name_or_path in shipped():
+    if inside(name_or_path):
         return (_folder() / f"{name_or_path}.yaml").read_text(encoding="utf-8")
     path = FilePath(name_or_path).expanduser()
     if not path.exists():
         raise UserError(
             f"{name_or_path}: no such file, and no shipped recipe of that name."
-            f"{rules.nearest(name_or_path, shipped())} Shipped: {', '.join(shipped())}. "
+            f"{rules.nearest(name_or_path, [*shipped(), *methods()])} Shipped: {', '.join(shipped())}. "
             "To list them: relinear ls recipes"
         )
     try:
@@ -150,7 +163,7 @@ def _folder() -> Any:
 
 
 def _read(name_or_path: str) -> Tree:
-    label = f"{name_or_path}.yaml" if name_or_path in shipped() else name_or_path
+    label = f"{name_or_path}.yaml" if inside(name_or_path) else name_or_path
     return yaml_text.read(text_of(name_or_path), label, changes.none_is_word)
 
 

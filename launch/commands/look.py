@@ -90,7 +90,7 @@ def _families() -> list[dict[str, Any]]:
 def _recipes() -> list[dict[str, Any]]:
     from ...recipes import loader
 
-    return [{"name": name, "what": loader.summary(name)} for name in loader.shipped()]
+    return [{"name": name, "what": loader.summary(name)} for name in (*loader.shipped(), *loader.methods())]
 
 
 def _teachers() -> list[dict[str, Any]]:
@@ -121,13 +121,13 @@ def show(
         return
     from ...recipes import loader
 
-    if name not in loader.shipped() and _is_mixer(name):
+    if not loader.inside(name) and _is_mixer(name):
         _show_mixer(name, overrides, json)
         return
     try:
         recipe = loader.load(name, overrides)
     except UserError as error:
-        if json or overrides or name not in loader.shipped():
+        if json or overrides or not loader.inside(name):
             raise
         data(loader.text_of(name))
         talk(f"The recipe as it stands, as something is left for you to give:\n{error}")
