@@ -192,10 +192,7 @@ def _measure_assembled(session: Session, name: str) -> None:
     if path.exists() and session.resume:
         session.measured[name] = json.loads(path.read_text(encoding="utf-8"))
         return
-    student = assemble(session.teacher, session.mixers)
-    device = next(student.parameters()).device
-    batches = eval_set(session, session.recipe.eval.tokens)
-    session.measured[name] = measure(student, session.teacher.model, batches, device)
+    session.measured[name] = _assembled_fidelity(session)
     files.write_json(path, session.measured[name])
     value = session.measured[name]
     session.progress.note(
@@ -204,8 +201,17 @@ def _measure_assembled(session: Session, name: str) -> None:
     )
 
 
+def _assembled_fidelity(session: Session, seq_len: int | None = None) -> dict[str, Any]:
+    """Fidelity of the student that the mixers make as they are now; no random number of the run is used up."""
+    with torch.random.fork_rng(devices=[]):
+        student = assemble(session.teacher, session.mixers)
+    device = next(student.parameters()).device
+    batches = eval_set(session, session.recipe.eval.tokens, seq_len)
+    return measure(student, session.teacher.model, batches, device)
+
+
 def _align_evaluation(session: Session, settings: StageSettings) -> Callable[[], dict[str, Any]] | None:
-    """Held-out align losses per layer; `score` is their mean."""
+    """Held-out align losses per layer; `score` is their mean. With `eval.assembled` the student's fidelity too."""
     if not len(session.corpus.valid):
         return None
     device = next(session.teacher.model.parameters()).device
@@ -222,7 +228,10 @@ def _align_evaluation(session: Session, settings: StageSettings) -> Callable[[],
             for name, value in made.items():
                 sums[name] = sums.get(name, torch.zeros(())) + value.cpu()
         values = {name: float(value) / total for name, value in sums.items()}
-        return {"score": values.pop("loss"), "losses": values}
+        found = {"score": values.pop("loss"), "losses": values}
+        if session.recipe.eval.assembled:
+            found["assembled"] = _assembled_fidelity(session, settings.seq_len)
+        return found
 
     return evaluate
 

@@ -288,6 +288,9 @@ class AlignStage(TrainingStage):
     loss: Literal["l2", "mse", "cosine"] = Field(
         default="l2", description="distance of the outputs: l2 is the norm itself, not squared (RADLADS)"
     )
+    train: Literal["all", "new"] = Field(
+        default="all", description="what learns: all of the mixers, or only what attention did not have (LoLCATs)"
+    )
 
 
 class LossWeights(Section):
@@ -407,6 +410,10 @@ class EvalSection(Section):
         default=None, ge=1, description="training tokens between measurements; ten per stage if null"
     )
     tokens: Count = Field(default=50_000, ge=1, description="held-out tokens per measurement")
+    assembled: bool = Field(
+        default=False,
+        description="before glue too, put the student together at every measurement and compare it with the teacher",
+    )
 
 
 class TrackSection(Section):
