@@ -1,210 +1,79 @@
 """Recall: does a language model still find a fact that it read long ago?
 
-A case is one document: some key -> value pairs of made-up words, filler prose, then queries that name a key and must be
-answered with its value. The number of pairs and the distance (tokens of filler between the last pair and the query
-block) vary independently, because linear mixers lose them independently. Every queried value is scored by arg-max in
-one teacher-forced forward pass, so the measurement works for any Hugging Face causal language model.
-
-    Remember: tabo kefi rula domi.
-    Tom went to the mill. The goose slept all day ...
-    Recall: rula domi tabo kefi.
+`recall` asks for key -> value pairs over number of pairs and distance, `needles` for sentences in a haystack over
+length and depth; both are scored by arg-max in teacher-forced forward passes, so they work for any Hugging Face causal
+language model. All tasks, with partial credit, choices among wrong answers and generation: eval/suite.py.
 
 (key, value) pairs are split by a hash: a document of the training split never shows a pair of the validation split.
-This module holds the words and the format, so that texts for training (recipes) and cases for measuring agree.
+What texts for training (recipes) and documents for measuring share is in eval/tasks/words.py. No torch before a model
+is measured.
 """
 
 from __future__ import annotations
 
-import inspect
-import math
 import random
-import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
+
+from .tasks.document import Writer
+from .tasks.needles import needle
+from .tasks.pairs import DEFAULT_CELLS, CaseMaker, RecallCase, RecallCell, document, make_cases
+from .tasks.summary import clustered
+from .tasks.words import (
+    ANIMALS,
+    COLOURS,
+    END_OF_PAIRS,
+    END_OF_QUERIES,
+    FOODS,
+    HELD_OUT,
+    KEYS,
+    NAMES,
+    PLACES,
+    RECALL,
+    REMEMBER,
+    THINGS,
+    VALUES,
+    WEATHER,
+    draw_pairs,
+    filler_sentence,
+    is_held_out,
+    recall_text,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-REMEMBER, END_OF_PAIRS, RECALL, END_OF_QUERIES = "Remember:", ".\n", "\nRecall:", ".\n"
-HELD_OUT = 8  # one pair in so many belongs to the validation split
-
-NAMES = ("Tom", "Mia", "Ben", "Lily", "Sam", "Anna", "Max", "Ruth", "Leo", "Nora", "Jack", "Ella", "Finn", "Rosa")
-ANIMALS = ("cat", "dog", "goose", "fox", "horse", "mouse", "owl", "frog", "duck", "hen")
-PLACES = ("mill", "barn", "river", "garden", "school", "market", "forest", "bridge", "tower", "kitchen", "hill", "lake")
-THINGS = ("ball", "kite", "lamp", "book", "drum", "coat", "cup", "boat", "hat", "bell", "rope", "ring")
-COLOURS = ("red", "blue", "green", "yellow", "white", "black", "brown", "grey")
-WEATHER = ("sunny", "cold", "windy", "rainy", "quiet", "warm")
-FOODS = ("bread", "soup", "apples", "cheese", "cake", "eggs", "honey", "rice")
-
-
-KEYS = tuple(
-    a + b
-    for a in ["ba", "da", "ka", "la", "ma", "ra", "sa", "ta", "bi", "di", "ki", "li", "mi", "ri", "si", "ti"]
-    for b in ["do", "ko", "lo", "mo", "no", "ro", "so", "to", "vo", "fo"]
-)
-VALUES = tuple(
-    a + b
-    for a in ["bu", "du", "ku", "lu", "mu", "ru", "su", "tu", "be", "de", "ke", "le", "me", "re", "se", "te"]
-    for b in ["di", "ki", "li", "mi", "ni", "ri", "si", "ti", "vi", "fi"]
-)
-
-
-@dataclass(frozen=True)
-class RecallCell:
-    """One point of the measurement: `pairs` to remember, `distance` tokens of filler before the query block."""
-
-    pairs: int
-    distance: int
-
-
-@dataclass(frozen=True)
-class RecallCase:
-    """One document. `ids` are its token ids (BOS first where the tokenizer has one); `answers` are the half-open
-    token ranges (start, end) of the queried values in `ids`."""
-
-    cell: RecallCell
-    ids: list[int]
-    answers: list[tuple[int, int]]
-
-
-DEFAULT_CELLS = tuple(RecallCell(p, d) for p in (4, 16, 64, 128) for d in (0, 128, 384, 640))
-
-
-def is_held_out(key: str, value: str) -> bool:
-    """Whether the pair belongs to the validation split (one in `HELD_OUT`, by a hash of the two words)."""
-    return zlib.crc32(f"{key} {value}".encode()) % HELD_OUT == 0
-
-
-def draw_pairs(rng: random.Random, count: int, split: str = "valid") -> list[tuple[str, str]]:
-    """`count` pairs with different keys, every pair of the given split ("train" or "valid").
-
-    Raises ValueError for an unknown split or a count outside 1..len(KEYS).
-    """
-    if split not in ("train", "valid"):
-        raise ValueError(f"split must be 'train' or 'valid', not {split!r}")
-    if not 1 <= count <= len(KEYS):
-        raise ValueError(f"pairs must be between 1 and {len(KEYS)}, not {count}")
-    pairs = []
-    for key in rng.sample(KEYS, count):
-        value = rng.choice(VALUES)
-        while is_held_out(key, value) != (split == "valid"):
-            value = rng.choice(VALUES)
-        pairs.append((key, value))
-    return pairs
-
-
-def filler_sentence(rng: random.Random) -> str:
-    """One sentence of plain story prose, without a line break, that answers no query."""
-    pick = rng.choice
-    kind = rng.randrange(12)
-    if kind == 0:
-        return f"{pick(NAMES)} went to the {pick(PLACES)}."
-    if kind == 1:
-        return f"It was a {pick(WEATHER)} day."
-    if kind == 2:
-        return f"The {pick(ANIMALS)} slept near the {pick(PLACES)}."
-    if kind == 3:
-        first, second = rng.sample(NAMES, 2)
-        return f"{first} and {second} played with a {pick(COLOURS)} {pick(THINGS)}."
-    if kind == 4:
-        return f"{pick(NAMES)} ate some {pick(FOODS)}."
-    if kind == 5:
-        return f"A {pick(COLOURS)} {pick(ANIMALS)} ran over the {pick(PLACES)}."
-    if kind == 6:
-        return f"Then {pick(NAMES)} gave {pick(FOODS)} to the {pick(ANIMALS)}."
-    if kind == 7:
-        return f"They found {pick(('two', 'three', 'four', 'five'))} {pick(COLOURS)} stones by the {pick(PLACES)}."
-    if kind == 8:
-        return f"{pick(NAMES)} was {pick(('happy', 'sad', 'tired', 'hungry', 'proud'))} and walked home."
-    if kind == 9:
-        return f"The {pick(ANIMALS)} and the {pick(ANIMALS)} were good friends."
-    if kind == 10:
-        return f"In the {pick(('morning', 'evening', 'night'))} the {pick(PLACES)} was {pick(WEATHER)}."
-    return f"{pick(NAMES)} sang a song about a {pick(ANIMALS)}."
-
-
-def recall_text(pairs: Sequence[tuple[str, str]], queries: Sequence[tuple[str, str]], filler: str) -> str:
-    """The document as text, in the format that the cases have: pairs, filler prose, queries with their answers."""
-    listed = "".join(f" {key} {value}" for key, value in pairs)
-    asked = "".join(f" {key} {value}" for key, value in queries)
-    return f"{REMEMBER}{listed}{END_OF_PAIRS}{filler}{RECALL}{asked}{END_OF_QUERIES}"
-
-
-class CaseMaker:
-    """Builds cases for one tokenizer; words and frame are encoded once.
-
-    Words are encoded one by one (each with its leading space) and ids are concatenated, so pairs and queries carry
-    the same ids for the same word under any tokenizer, and the filler can be cut to an exact number of tokens.
-    """
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        texts = [REMEMBER, END_OF_PAIRS, RECALL, END_OF_QUERIES, *(" " + word for word in KEYS + VALUES)]
-        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        if not all(encoded):
-            raise ValueError("this tokenizer encodes some recall words to nothing; recall cannot be measured with it")
-        self.frame = [list(ids) for ids in encoded[:4]]
-        self.words = dict(zip(KEYS + VALUES, (list(ids) for ids in encoded[4:]), strict=True))
-        self.first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-
-    def filler(self, rng: random.Random, distance: int) -> list[int]:
-        """Exactly `distance` token ids of filler prose."""
-        ids: list[int] = []
-        while len(ids) < distance:
-            text = (" " if ids else "") + " ".join(filler_sentence(rng) for _ in range(distance // 8 + 2))
-            ids += self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids[:distance]
-
-    def case(self, rng: random.Random, cell: RecallCell, queries: int = 16, split: str = "valid") -> RecallCase:
-        """One document of this cell with at most `queries` queries, all for different keys."""
-        pairs = draw_pairs(rng, cell.pairs, split)
-        before, after, ask, end = self.frame
-        ids = [*self.first, *before]
-        for key, value in pairs:
-            ids += self.words[key] + self.words[value]
-        ids += [*after, *self.filler(rng, cell.distance), *ask]
-        answers = []
-        for key, value in rng.sample(pairs, min(queries, len(pairs))):
-            ids += self.words[key]
-            answers.append((len(ids), len(ids) + len(self.words[value])))
-            ids += self.words[value]
-        return RecallCase(cell, ids + end, answers)
-
-
-def make_cases(
-    tokenizer: Any,
-    cells: Iterable[RecallCell],
-    n_per_cell: int = 128,
-    seed: int = 0,
-    queries: int = 16,
-    split: str = "valid",
-) -> list[RecallCase]:
-    """Documents for every cell, enough to ask at least `n_per_cell` values in each.
-
-    Args:
-        tokenizer: any Hugging Face tokenizer; its BOS is put first where it has one.
-        cells: the cells, pairs between 1 and `len(KEYS)`, distance at least 0 tokens.
-        n_per_cell: answers (not documents) per cell; a document asks min(queries, pairs) values.
-        seed: with the cell it determines the documents; other cells do not change them.
-        queries: the most values asked in one document.
-        split: "valid" (held-out pairs) or "train".
-
-    Raises:
-        ValueError: a count that is out of range, an unknown split, or words that encode to nothing.
-    """
-    if n_per_cell < 1 or queries < 1:
-        raise ValueError(f"n_per_cell and queries must be at least 1, not {n_per_cell} and {queries}")
-    maker = CaseMaker(tokenizer)
-    cases = []
-    for cell in cells:
-        if cell.distance < 0:
-            raise ValueError(f"distance must be at least 0 tokens, not {cell.distance}")
-        documents = math.ceil(n_per_cell / max(1, min(queries, cell.pairs)))
-        for index in range(documents):
-            rng = random.Random(f"recall {split} {seed} {cell.pairs} {cell.distance} {index}")
-            cases.append(maker.case(rng, cell, queries, split))
-    return cases
+__all__ = [
+    "ANIMALS",
+    "COLOURS",
+    "DEFAULT_CELLS",
+    "END_OF_PAIRS",
+    "END_OF_QUERIES",
+    "FOODS",
+    "HELD_OUT",
+    "KEYS",
+    "NAMES",
+    "PLACES",
+    "RECALL",
+    "REMEMBER",
+    "THINGS",
+    "VALUES",
+    "WEATHER",
+    "CaseMaker",
+    "RecallCase",
+    "RecallCell",
+    "clustered",
+    "draw_pairs",
+    "filler_sentence",
+    "is_held_out",
+    "make_cases",
+    "needles",
+    "recall",
+    "recall_text",
+    "score",
+    "window_mask",
+]
 
 
 def recall(
@@ -268,27 +137,15 @@ def recall(
 
 def score(model: Any, cases: Sequence[RecallCase], window: int | None = None) -> list[tuple[int, int]]:
     """(right, asked) for each case, from one forward pass over all of them, padded on the right. Needs no_grad."""
-    import torch
+    from .tasks.likelihood import answer_logits
 
-    device = next(model.parameters()).device
-    longest = max(len(case.ids) for case in cases)
-    ids = torch.zeros(len(cases), longest, dtype=torch.long)
-    padding = torch.zeros(len(cases), longest, dtype=torch.long)
-    for row, case in enumerate(cases):
-        ids[row, : len(case.ids)] = torch.tensor(case.ids)
-        padding[row, : len(case.ids)] = 1
-    mask = None if bool(padding.all()) else padding.to(device)
-    if window is not None:
-        mask = window_mask(longest, window, next(model.parameters()).dtype).to(
-            device
-        )  # causal: right padding is unseen
-    first = min(case.answers[0][0] for case in cases) - 1
-    keep = {}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        keep["logits_to_keep"] = longest - first
-    out = model(input_ids=ids.to(device), attention_mask=mask, use_cache=False, **keep).logits
-    best = out.argmax(-1).cpu()
-    shift = longest - best.shape[1]
+    inputs = {}
+    if window is not None:  # causal: padding on the right is unseen
+        weight = next(model.parameters())
+        longest = max(len(case.ids) for case in cases)
+        inputs["attention_mask"] = window_mask(longest, window, weight.dtype).to(weight.device)
+    logits, shift = answer_logits(model, [document(case) for case in cases], **inputs)
+    best = logits.argmax(-1).cpu()
     results = []
     for row, case in enumerate(cases):
         right = sum(
@@ -297,6 +154,74 @@ def score(model: Any, cases: Sequence[RecallCase], window: int | None = None) ->
         )
         results.append((right, len(case.answers)))
     return results
+
+
+def needles(
+    model: Any,
+    tokenizer: Any,
+    lengths: Iterable[int] = (256, 512, 1024),
+    depths: Iterable[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    n_per_cell: int = 16,
+    seed: int = 0,
+    batch_size: int = 8,
+    number: bool = False,
+    others: int = 0,
+) -> dict[str, Any]:
+    """Needle in a haystack: a sentence at a depth of a document, asked for at its end.
+
+    Args:
+        model: any causal language model whose call takes input_ids, attention_mask, use_cache and returns `.logits`.
+        tokenizer: its tokenizer.
+        lengths: tokens of whole documents, exactly.
+        depths: from 0 (the needle stands first) to 1 (just before the question).
+        n_per_cell: documents per length and depth; each asks one value.
+        seed: with length, depth and kind it determines the documents; other cells do not change them.
+        batch_size: documents per forward pass, all of one cell.
+        number: the value is a number of five digits instead of a word.
+        others: further needles, with other keys, beside the one that is asked for.
+
+    Returns:
+        {"cells": [{"length", "depth", "accuracy", "stderr", "n", "credit", "credit_stderr"}], the same figures over all
+        cells, and "documents": [(right, asked)] in the order of the cells}. accuracy counts answers whose every token
+        is the arg-max; credit is the share of leading tokens (of a number: digits) that are right.
+
+    Raises:
+        ValueError: a length that a document's parts exceed, or a depth outside 0 to 1.
+    """
+    from .tasks.likelihood import score as score_documents
+
+    writer = Writer(tokenizer)
+    rows, right, credit = [], [], []
+    was_training = model.training
+    model.eval()
+    try:
+        for length, depth in product(lengths, depths):
+            documents = [
+                needle(
+                    writer,
+                    random.Random(f"needle {seed} {length} {depth} {number} {others} {i}"),
+                    length,
+                    depth,
+                    number,
+                    others,
+                )
+                for i in range(n_per_cell)
+            ]
+            scores = []
+            for start in range(0, n_per_cell, batch_size):
+                scores += score_documents(model, tokenizer, documents[start : start + batch_size], choices=False)
+            right.append([(int(one.exact), 1) for (one,) in scores])
+            credit.append([(one.credit, 1) for (one,) in scores])
+            rows.append({"length": length, "depth": depth, **_with_credit(right[-1], credit[-1])})
+    finally:
+        model.train(was_training)
+    documents = [one for cell in right for one in cell]
+    return {"cells": rows, **_with_credit(documents, [one for cell in credit for one in cell]), "documents": documents}
+
+
+def _with_credit(right: Sequence[tuple[int, int]], credit: Sequence[tuple[float, int]]) -> dict[str, Any]:
+    partial = clustered(credit)
+    return {**clustered(right), "credit": partial["accuracy"], "credit_stderr": partial["stderr"]}
 
 
 def window_mask(length: int, window: int, dtype: Any = None) -> Tensor:
@@ -308,14 +233,3 @@ def window_mask(length: int, window: int, dtype: Any = None) -> Tensor:
     hidden = (behind < 0) | (behind >= window)
     dtype = dtype or torch.float32
     return torch.zeros(length, length, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)[None, None]
-
-
-def clustered(results: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """{"accuracy", "stderr", "n"} from (right, asked) per document; the error treats documents as clusters."""
-    asked = sum(n for _, n in results)
-    accuracy = sum(right for right, _ in results) / asked
-    stderr = 0.0
-    if len(results) > 1:
-        spread = sum((right - accuracy * n) ** 2 for right, n in results)
-        stderr = math.sqrt(spread * len(results) / (len(results) - 1)) / asked
-    return {"accuracy": accuracy, "stderr": stderr, "n": asked}
