@@ -16,6 +16,9 @@ from .precision import autocast, no_autocast
 from .stage import Group, Stage, StageSettings
 from .teacher import Teacher
 
+TRAIN = ("all", "new")
+"""What may train: all of the mixers; what transfer did not take from attention (decays, feature maps, gates)."""
+
 
 def align_stage(teacher: Teacher, mixers: dict[int, Mixer], settings: StageSettings, name: str = "align") -> Stage:
     """The stage in which mixers train on the teacher's layer inputs and outputs.
@@ -27,24 +30,29 @@ def align_stage(teacher: Teacher, mixers: dict[int, Mixer], settings: StageSetti
     Args:
         teacher: frozen.
         mixers: by layer; made trainable and fp32 here.
-        settings: `loss` is a key of `losses.ALIGN`.
+        settings: `loss` is a key of `losses.ALIGN`, `train` one of `TRAIN`.
         name: of the stage.
 
     Raises:
-        ValueError: no mixer, or an unknown loss.
+        ValueError: no mixer, an unknown loss, or an unknown `train`.
         UserError: no mixer has anything to train.
     """
     if not mixers:
         raise ValueError("align needs at least one converted layer")
     if not isinstance(settings.loss, str) or settings.loss not in ALIGN:
         raise ValueError(f"align has no loss {settings.loss!r}. Available: {', '.join(ALIGN)}")
-    layers = sorted(mixers)
+    if settings.train not in TRAIN:
+        raise ValueError(f"align cannot train {settings.train!r}. Available: {', '.join(TRAIN)}")
     module = align_module(mixers).float().requires_grad_(True)
+    if settings.train == "new":
+        for mixer in mixers.values():
+            for row in mixer.table():
+                mixer.get_parameter(row.name).requires_grad_(row.source == "new")
     groups = [
-        Group(f"layer {layer}", {f"{layer}.{key}": p for key, p in mixers[layer].named_parameters()})
-        for layer in layers
-        if any(True for _ in mixers[layer].parameters())
+        Group(f"layer {layer}", {f"{layer}.{key}": p for key, p in mixer.named_parameters() if p.requires_grad})
+        for layer, mixer in sorted(mixers.items())
     ]
+    groups = [group for group in groups if group.parameters]
     if not groups:
         kinds = ", ".join(sorted({mixer.spec.name for mixer in mixers.values()}))
         raise UserError(
@@ -57,7 +65,8 @@ def align_stage(teacher: Teacher, mixers: dict[int, Mixer], settings: StageSetti
         groups=groups,
         step=lambda batch, total: align_step(teacher, mixers, batch, total, settings.loss, settings.precision),  # pyright: ignore[reportArgumentType]
         count=lambda batch: batch.tokens,
-        frozen={f"teacher {key}": tensor for key, tensor in teacher.model.state_dict().items()},
+        frozen={f"teacher {key}": tensor for key, tensor in teacher.model.state_dict().items()}
+        | {key: tensor for key, tensor in module.named_parameters() if not tensor.requires_grad},
     )
 
 

@@ -34,7 +34,7 @@ class StageSettings:
         micro_batch: sequences per forward and backward; None takes the whole batch. Changes memory, not the result.
         loss: align: a key of `losses.ALIGN`; glue and extend: weights of `kl`, `reverse_kl`, `ce`.
         temperature: of the two KL terms.
-        train: glue and extend: `all`, `no-ffn`, `mixers+norms` or `mixers`.
+        train: align: `all` of a mixer, or what is `new` in it; glue and extend: a key of `glue.TRAIN`.
         seed: of every random number generator when the stage starts.
         log_every: steps between lines of metrics.jsonl.
         eval_every: tokens between evaluations; None evaluates at the end only.

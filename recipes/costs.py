@@ -46,6 +46,7 @@ class Counts:
         layers: decoder layers.
         mixers: layer -> parameters of its mixer, for converted layers.
         qk_norms: of one attention layer's query and key norms, contained in `attention`.
+        new: of all mixers, what transfer does not take from attention.
     """
 
     embeddings: int
@@ -55,6 +56,7 @@ class Counts:
     layers: int
     mixers: dict[int, int]
     qk_norms: int
+    new: int = 0
 
     @property
     def teacher(self) -> int:
@@ -76,10 +78,12 @@ class Counts:
 
         Args:
             kind: of the stage.
-            train: its `train`, for glue and extend.
+            train: its `train`, for training stages.
         """
         if kind == "transfer":
             return 0
+        if train == "new":
+            return self.new
         if kind == "align" or train == "mixers":
             return self.all_mixers
         if train == "mixers+norms":
@@ -96,15 +100,16 @@ def count(teacher: TeacherConfig, layers: LayerMap) -> Counts:
     attention += (g.inner_size + 2 * g.kv_size) * g.qkv_bias + g.hidden_size * g.o_bias
     tables = 1 if values.get("tie_word_embeddings", False) else 2
     lowest = {name: min(layers.layers_of(name)) for name, _ in layers.converted.values()}
-    mixers = {}
+    mixers, new = {}, 0
     for layer, (name, options) in layers.converted.items():
         spec = registry.spec(name)
         first, position = layer == lowest[name], layer / max(1, depth - 1)
         rows = spec.tensors(teacher.geometry(layer), spec.options.parse(options), first=first, position=position)
         mixers[layer] = sum(row.numel for row in rows)
+        new += sum(row.numel for row in rows if row.source == "new")
     norms = (teacher.family.norms * depth + 1) * g.hidden_size * (2 if teacher.family.norm_bias else 1)
     ffn = sum(_ffn(teacher, layer)[0] for layer in range(depth))
-    return Counts(tables * values["vocab_size"] * g.hidden_size, attention, ffn, norms, depth, mixers, qk_norms)
+    return Counts(tables * values["vocab_size"] * g.hidden_size, attention, ffn, norms, depth, mixers, qk_norms, new)
 
 
 def _ffn(teacher: TeacherConfig, layer: int) -> tuple[int, int]:

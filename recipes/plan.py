@@ -14,7 +14,7 @@ from ..mixers import registry
 from . import costs
 from .costs import Counts
 from .layers import LayerMap, resolve
-from .schema import EMBEDDED, GlueStage, Recipe, TrainingStage
+from .schema import EMBEDDED, Recipe, TrainingStage
 from .teacher_config import TeacherConfig, read_teacher_config
 from .units import format_bytes
 
@@ -221,8 +221,7 @@ def stage_settings(recipe: Recipe, stage: TrainingStage, context: int) -> dict[s
     }
     loss = getattr(stage, "loss", None)
     settings["loss"] = loss if isinstance(loss, str) or loss is None else loss.model_dump()
-    if isinstance(stage, GlueStage):
-        settings |= {name: getattr(stage, name) for name in ("lr_mixers", "temperature", "train")}
+    settings |= {name: getattr(stage, name) for name in ("lr_mixers", "temperature", "train") if hasattr(stage, name)}
     return settings
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,23 @@ def test_the_stage_trains_the_mixers_and_nothing_else(
     changed = {name for layer, m in mixers.items() for name, p in _named(layer, m) if not torch.equal(p, start[name])}
     assert changed | set(result.unchanged) == set(start)
     assert len(changed) > len(start) / 2
+
+
+def test_only_what_attention_did_not_have_can_train(
+    teacher: Teacher, mixers_of: Callable[..., dict[int, Mixer]], source_of: Any, tmp_path: Path
+) -> None:
+    mixers = mixers_of(teacher, [0, 3])
+    start = {name: p.detach().clone() for layer, m in mixers.items() for name, p in _named(layer, m)}
+    new = {f"{layer}.{row.name}" for layer, m in mixers.items() for row in m.table() if row.source == "new"}
+    settings = replace(SETTINGS, train="new")
+    stage = align_stage(teacher, mixers, settings)
+    assert set(stage.parameters) == new
+    assert {name for name in stage.frozen if not name.startswith("teacher ")} == set(start) - new
+    run_stage(stage, source_of(), settings, folder=tmp_path)
+    changed = {name for layer, m in mixers.items() for name, p in _named(layer, m) if not torch.equal(p, start[name])}
+    assert changed and changed <= new
+    with pytest.raises(ValueError, match="cannot train 'old'"):
+        align_stage(teacher, mixers, replace(SETTINGS, train="old"))
 
 
 def test_align_learns(
