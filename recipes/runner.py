@@ -46,7 +46,8 @@ def run(
         resume: go on with the run that the folder holds, to the same numbers as without the stop.
         max_hours: save and stop after so many hours; overrules the recipe's.
         progress: whom to tell; nobody by default.
-        start: another run of the same teacher, whose aligned mixers this one takes instead of transferring its own.
+        start: another run of the same teacher, whose mixers this one takes instead of transferring its own: aligned
+            ones where it has them.
 
     Returns:
         What result.json holds: status (`complete` or `stopped`), stages, fidelity, layers, paths; and `table`, the same
@@ -148,7 +149,7 @@ def _transfer(session: Session, start: Path | None) -> None:
     session.mixers, reports = transfer(session.teacher, session.layers.converted, session.recipe.seed)
     report: dict[str, Any] = {str(layer): entry.to_dict() for layer, entry in reports.items()}
     if start is not None:
-        report = _take_aligned(session, start, report)
+        report = _take_mixers(session, start, report)
     files.write_json(session.folder / "transfer.json", report)
     counts = {kind: sum(r.parameters[kind] for r in reports.values()) for kind in ("copied", "derived", "new")}
     session.progress.note(
@@ -160,27 +161,34 @@ def _transfer(session: Session, start: Path | None) -> None:
         _measure_assembled(session, "transfer")
 
 
-def _take_aligned(session: Session, start: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """Mixers from the aligned ones of another run; what has no counterpart stays as transferred, and is named."""
+def _take_mixers(session: Session, start: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """Mixers from another run: its aligned ones, or where it aligned nothing those that it ended with.
+
+    What has no counterpart stays as transferred, and is named. A run without align may have converted fewer layers.
+    """
     other = run_folder.read(start)
     if other["teacher"]["source"] != session.recipe.teacher.model:
         raise UserError(
             f"{start}: was made from teacher {other['teacher']['source']}, this run from "
             f"{session.recipe.teacher.model}. Start from a run of the same teacher"
         )
-    name = next((name for name, kind in reversed(other["stages"]) if kind == "align"), None)
-    if name is None:
-        raise UserError(f"{start}: has no align stage to start from")
-    commit = checkpoint.Checkpoints(start / "checkpoints").require_complete(name)
+    stages = {kind: name for name, kind in other["stages"]}  # the last one of each kind
+    kind = next((kind for kind in ("align", "extend", "glue") if kind in stages), None)
+    if kind is None:
+        raise UserError(f"{start}: has no align or glue stage to start from")
+    commit = checkpoint.Checkpoints(start / "checkpoints").require_complete(stages[kind])
     weights = commit.weights()
     for layer, mixer in session.mixers.items():
+        if kind != "align" and str(layer) not in other["layers"]:
+            continue
         if other["layers"].get(str(layer), [None])[0] != mixer.spec.name:
             raise UserError(f"{start}: its layer {layer} is not {mixer.spec.name}. Start from a run that converts it")
+        prefix = f"{layer}." if kind == "align" else f"{session.teacher.attention_path(layer)}."
         own = mixer.state_dict()
-        found = {key: weights[f"{layer}.{key}"] for key in own if f"{layer}.{key}" in weights}
+        found = {key: weights[prefix + key] for key in own if prefix + key in weights}
         mixer.load_state_dict(found, strict=False)
         report[str(layer)] = {"from": str(commit.path), "transferred": sorted(own.keys() - found.keys())}
-    session.progress.note(f"start: aligned mixers loaded from {commit.path}")
+    session.progress.note(f"start: mixers loaded from {commit.path}")
     return report
 
 

@@ -291,3 +291,14 @@ def test_what_this_version_cannot_do_is_refused(teacher: Path, story_file: Path,
         with pytest.raises(MachineError, match="sees no GPU"):
             runner.run(recipe(teacher, story_file, tmp_path / "run", "engine.device=cuda"))
     assert not (tmp_path / "run").exists()
+
+
+def test_more_layers_start_from_the_mixers_of_fewer(teacher: Path, story_file: Path, tmp_path: Path) -> None:
+    glue = {"tokens": "1k", "batch": 4, "lr": 1e-2, "warmup": 1, "train": "mixers"}
+    changes = [f"stages={[{'transfer': {}}, {'glue': glue}]}", "data.seq_len=64", "eval.tokens=1k"]
+    given = [f"teacher.model={teacher}", f"data.source={story_file}", *changes]
+    runner.run(loader.load("gated_deltanet", [*given, f"save.dir={tmp_path / 'half'}", "layers.keep=1"]))
+    runner.run(loader.load("gated_deltanet", [*given, f"save.dir={tmp_path / 'all'}"]), start=tmp_path / "half")
+    report = json.loads((tmp_path / "all" / "transfer.json").read_text())
+    assert {layer: "from" in entry for layer, entry in report.items()} == {"0": True, "1": False, "2": True}
+    assert report["0"]["transferred"] == []
