@@ -167,7 +167,7 @@ def test_settings_are_complete(folder):
     assert (align["seed"], glue["seed"], align["loss"]) == (5, 7, "mse")
     assert align["save_every"] == recipe.stage("align").tokens // 10
     assert align["eval_every"] == recipe.eval.every == 500_000
-    assert glue["train"] == "all" and "train" not in align
+    assert (align["train"], glue["train"]) == ("all", "all") and "lr_mixers" not in align
 
 
 def test_settings_are_those_of_the_training_loop(folder):
