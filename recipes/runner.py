@@ -62,11 +62,21 @@ def run(
         result = json.loads(done.read_text(encoding="utf-8"))
         session.progress.note(f"{session.folder}: complete already; nothing to do")
         return result | {"table": (session.folder / "result.txt").read_text(encoding="utf-8").rstrip("\n")}
-    with _stop_signals() as stopped:
-        for stage in recipe.stages:
-            if not _carry_out(session, stage, start, stopped):
-                return _stopped(session)
-    return _finish(session)
+    return _finish(session) if work(session, start) else _stopped(session)
+
+
+def work(session: Session, start: Path | None = None) -> bool:
+    """Carry out the stages of an open session's recipe, without measuring and exporting at the end.
+
+    Args:
+        session: as from `open_session`; afterwards it holds the mixers or the student.
+        start: as for `run`.
+
+    Returns:
+        False where it was stopped, by a signal or by the deadline.
+    """
+    with stop_signals() as stopped:
+        return all(_carry_out(session, stage, start, stopped) for stage in session.recipe.stages)
 
 
 def convert(
@@ -340,8 +350,8 @@ def _stage_summary(result: StageResult) -> dict[str, Any]:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """SIGINT and SIGTERM end the step, save and stop; a second one ends at once."""
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """SIGINT and SIGTERM end the step, save and stop; a second one ends at once. Yields whether one came."""
     caught: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
