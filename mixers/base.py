@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from .calibration import AttentionStats
 from .specs.base import Geometry, MixerSpec, TensorSpec
 
 State = tuple[torch.Tensor, ...]
@@ -95,6 +96,21 @@ class Mixer(nn.Module):
                 value = torch.full(row.shape, float(row.name.endswith("norm.weight")))
             self.get_parameter(row.name).copy_(value)
 
+    def knobs(self) -> dict[str, tuple[float, ...]]:
+        """What calibrate can set without a gradient: name -> the values it tries in each head, first the one to begin with.
+
+        The names are those of the arguments of `calibrate`. Empty where there is nothing to set.
+        """
+        return {}
+
+    def calibrate(self, stats: AttentionStats, knobs: dict[str, torch.Tensor]) -> None:
+        """Set decays, strengths and their like (in place, in no_grad) from what the attention looks at.
+
+        Args:
+            stats: of the attention that this mixer replaces.
+            knobs: one value per head, (H,) fp64, for every name in `self.knobs()`.
+        """
+
     def mix(
         self,
         x: torch.Tensor,
@@ -114,6 +130,38 @@ class Mixer(nn.Module):
             (B, T, D) layer output and the new state.
         """
         raise NotImplementedError
+
+    def matrix(
+        self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None, inputs: MixerInputs
+    ) -> torch.Tensor:
+        """The mixing matrices: how much of each token's value each head's output holds, before norm and gate.
+
+        Values that come from more than one place (RWKV-7's value residual) count as one; a window beside the recurrence
+        is included by the head's share. Not to be called on a running generation: it starts without a state.
+
+        Args:
+            x: (B, T, D) layer input.
+            rotary: see `mix`.
+            inputs: padding and document borders.
+
+        Returns:
+            (B, H, T, T) in fp32 (fp64 for fp64 inputs), differentiable; query tokens are rows.
+
+        Raises:
+            ValueError: the spec's `no_matrix` says why there is none.
+        """
+        self.require_matrix()
+        raise NotImplementedError
+
+    def require_matrix(self) -> None:
+        """Refuse where the mixing is no matrix per head.
+
+        Raises:
+            ValueError: with the spec's reason.
+        """
+        reason = self.spec.no_matrix(self.options)
+        if reason is not None:
+            raise ValueError(f"layer {self.layer_idx}: {self.spec.name} has no mixing matrix: {reason}")
 
     def forward(
         self,

@@ -25,6 +25,7 @@ class DeltaRule(AttentionMixer):
     """
 
     op: ClassVar[Op] = OP
+    writes = True
 
     def __init__(self, geometry: Geometry, options: Any, layer_idx: int, num_layers: int, first: bool) -> None:
         super().__init__(geometry, options, layer_idx, num_layers, first)
@@ -39,6 +40,10 @@ class DeltaRule(AttentionMixer):
         if row.name == "q_scale":
             return torch.ones(row.shape)
         return super().initial(row, generator)
+
+    def set_strength(self, strength: torch.Tensor) -> None:
+        """See the base class."""
+        self.b_proj.bias.copy_(torch.logit(strength))
 
     def gates(self, x: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """What the recurrence takes beside queries, keys and values, in fp32, from the layer input x (B, T, D)."""

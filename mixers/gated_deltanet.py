@@ -19,6 +19,7 @@ class GatedDeltaNet(DeltaRule):
     """
 
     spec = GatedDeltaNetSpec
+    decays = "head"
     options: GatedDeltaNetOptions
 
     def __init__(
@@ -36,6 +37,11 @@ class GatedDeltaNet(DeltaRule):
         if row.name == "dt_bias":
             return inverse_softplus(spread_rates(row.shape[0], self.options.half_life_min, self.options.half_life_max))
         return super().initial(row, generator)
+
+    def set_rates(self, rates: torch.Tensor) -> None:
+        """See the base class."""
+        self.A_log.zero_()
+        self.dt_bias.copy_(inverse_softplus(rates))
 
     def gates(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See the base class: log-decay and write strength, both (B, T, H)."""

@@ -34,10 +34,17 @@ class GLA(ChannelAttention):
         if row.name == "gk_down.weight":
             return torch.empty(row.shape).normal_(0.0, row.shape[1] ** -0.5, generator=generator)
         if row.name == "gk_bias":
-            # The log sigmoid of -log(e^(τ rate) - 1) is -τ rate.
-            scaled = self.options.temperature * self.first_rates()
-            return -scaled - torch.log(-torch.expm1(-scaled))
+            return self._bias(self.first_rates())
         return super().initial(row, generator)
+
+    def _bias(self, rates: torch.Tensor) -> torch.Tensor:
+        """The log sigmoid of -log(e^(τ rate) - 1) is -τ rate."""
+        scaled = self.options.temperature * rates
+        return -scaled - torch.log(-torch.expm1(-scaled))
+
+    def set_rates(self, rates: torch.Tensor) -> None:
+        """See the base class."""
+        self.gk_bias.copy_(self._bias(rates).flatten())
 
     def log_decay(self, x: torch.Tensor) -> torch.Tensor:
         """See the base class: (B, T, H, d)."""

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import layer_norm, silu
 
 from .base import Mixer, MixerInputs, State
+from .calibration import REACH, SPREAD, STRENGTH, AttentionStats, channel_rates, entropy_strength, head_rates
 from .kernels import run
 from .ops.chunks import compute_dtype
 from .ops.short_conv import short_conv
@@ -86,6 +87,10 @@ class AttentionMixer(Mixer):
 
     states: ClassVar[int] = 1
     """Tensors of the recurrence's state; after them come the convolution's last inputs, then the window's three."""
+    decays: ClassVar[str] = ""
+    """Whose rates of decay are parameters that do not depend on the token: "head"s, "channel"s, or none."""
+    writes: ClassVar[bool] = False
+    """Whether there is a write strength (or removal) of that kind."""
     branches: str = "both"
     """What of a mixer with a window counts: "both", or "window" or "linear" alone, which then has the whole weight.
     Set on an instance by ablations; state and parameters do not depend on it."""
@@ -113,6 +118,43 @@ class AttentionMixer(Mixer):
             elif options.out_norm != "none":
                 self.out_norm = HeadNorm(geometry.head_dim, geometry.norm_eps)
 
+    def knobs(self) -> dict[str, tuple[float, ...]]:
+        """See the base class: how far back the decays reach, how far a head's channels differ, the write strength."""
+        found: dict[str, tuple[float, ...]] = {}
+        if self.decays:
+            found["reach"] = REACH
+        if self.decays == "channel":
+            found["spread"] = SPREAD
+        if self.writes:
+            found["strength"] = STRENGTH
+        return found
+
+    @torch.no_grad()
+    def calibrate(self, stats: AttentionStats, knobs: dict[str, torch.Tensor]) -> None:
+        """See the base class."""
+        if self.decays == "head":
+            self.set_rates(head_rates(stats, knobs["reach"]))
+        elif self.decays == "channel":
+            copies = 2 if self.geometry.rope and self.geometry.rotary == "half" and self.options.rope else 1
+            count = self.rate_channels // copies
+            self.set_rates(channel_rates(stats, knobs["reach"], knobs["spread"], count, copies))
+        if self.writes:
+            asked = knobs["strength"]
+            self.set_strength(torch.where(asked > 0, asked, entropy_strength(stats)))
+
+    @property
+    def rate_channels(self) -> int:
+        """Channels of a head that decay each by itself."""
+        return self.geometry.head_dim
+
+    def set_rates(self, rates: torch.Tensor) -> None:
+        """Have the recurrence decay by these rates per token, (H,) or (H, rate_channels) fp64, whatever the token."""
+        raise NotImplementedError
+
+    def set_strength(self, strength: torch.Tensor) -> None:
+        """Have the recurrence write, or remove, by this share, (H,) fp64 between 0 and 1, whatever the token."""
+        raise NotImplementedError
+
     def initial(self, row: TensorSpec, generator: torch.Generator | None) -> torch.Tensor:
         """See the base class: the rows that specs/heads.py adds, and zeros for any other."""
         value = torch.zeros(row.shape)
@@ -139,12 +181,12 @@ class AttentionMixer(Mixer):
             x: (B, T, D) layer input, for decays and gates.
             q: (B, T, H, d) queries as attention would score them, but for its scale.
             k: (B, T, K, d) keys; K is H with `expand_kv`. `repeat` gives every query head its own.
-            v: (B, T, K, d) values.
+            v: (B, T, K or H, n) what `values` gives, n = d; any n gives n columns of the output.
             inputs: padding, document borders and shared values.
             state: the first `states` tensors of the mixer's state, None at the start.
 
         Returns:
-            (B, T, H, d) and the new state.
+            (B, T, H, n) and the new state.
         """
         raise NotImplementedError
 
@@ -156,18 +198,55 @@ class AttentionMixer(Mixer):
         state: State | None,
     ) -> tuple[torch.Tensor, State]:
         """See the base class. State: the recurrence's tensors, the convolution's last inputs, the window's three."""
-        options = self.options
         past = state or ()
-        taps = past[self.states] if state and options.conv else None
-        q, k, v, buffers = self.project(x, inputs, taps)
-        turned = self.turn(q, k, rotary) if options.rope else (q, k)
-        o, new = self.recurrence(x, *turned, v, inputs, past[: self.states] or None)
-        ring: State = ()
-        if isinstance(options, WindowOptions) and options.window:
-            seen = turned if options.rope else self.turn(q, k, rotary)
-            near, ring = self.window(*seen, v, inputs, past[-3:] or None)
-            o = self.blend(near, o)
+        q, k, v, buffers = self.project(x, inputs, past[self.states] if past and self.options.conv else None)
+        o, new, ring = self.attend(x, q, k, v, self.values(x, v, inputs), rotary, inputs, past)
         return self.output(x, o), (*new, *buffers, *ring)
+
+    def values(self, x: torch.Tensor, v: torch.Tensor, inputs: MixerInputs) -> torch.Tensor:
+        """What the recurrence mixes, (B, T, K or H, d), from values (B, T, K, d) and layer input: the former as is."""
+        return v
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        values: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        inputs: MixerInputs,
+        past: State,
+    ) -> tuple[torch.Tensor, State, State]:
+        """The heads' outputs, (B, T, H, d), by recurrence and window, and the new states of the two.
+
+        Args:
+            x: layer input.
+            q, k: as `project` gives them, not yet rotated.
+            v: what the window mixes, (B, T, K, d).
+            values: what the recurrence mixes, (B, T, K or H, d).
+            rotary, inputs: see `mix`.
+            past: the mixer's state, empty at the start.
+        """
+        options = self.options
+        turned = self.turn(q, k, rotary) if options.rope else (q, k)
+        o, new = self.recurrence(x, *turned, values, inputs, past[: self.states] or None)
+        if not (isinstance(options, WindowOptions) and options.window):
+            return o, new, ()
+        seen = turned if options.rope else self.turn(q, k, rotary)
+        near, ring = self.window(*seen, v, inputs, past[-3:] or None)
+        return self.blend(near, o), new, ring
+
+    def matrix(
+        self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None, inputs: MixerInputs
+    ) -> torch.Tensor:
+        """See the base class: recurrence and window on one-hot values, token s giving the s-th column."""
+        self.require_matrix()
+        q, k, _, _ = self.project(x, inputs, None)
+        batch, length, heads = k.shape[:3]
+        tokens = torch.eye(length, dtype=compute_dtype(q.dtype), device=q.device)
+        tokens = tokens[:, None].expand(batch, length, heads, length)
+        return self.attend(x, q, k, tokens, tokens, rotary, inputs, ())[0].transpose(1, 2)
 
     def window(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: MixerInputs, state: State | None

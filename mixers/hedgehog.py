@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .base import MixerInputs, State
+from .calibration import AttentionStats
 from .heads import AttentionMixer, wide
 from .kernels import run
 from .ops.hedgehog import OP
@@ -56,22 +57,38 @@ class Hedgehog(AttentionMixer):
             return torch.empty(row.shape).uniform_(-bound, bound, generator=generator)
         return super().initial(row, generator)
 
+    def knobs(self) -> dict[str, tuple[float, ...]]:
+        """See the base class: the sharpness of the features (a factor of their maps) and the window's weight."""
+        window = (self.options.window_weight, 0.01, 0.05, 0.3, 0.6, 0.97, 0.99, 0.997)
+        return {"sharpness": (1.0, 0.0, 0.3, 0.6, 1.5, 2.5, 4.0, 6.0), "window_weight": window}
+
+    @torch.no_grad()
+    def calibrate(self, stats: AttentionStats, knobs: dict[str, torch.Tensor]) -> None:
+        """See the base class: features are those of `initial`, times the sharpness."""
+        shared = len(self.q_features) // len(self.k_features)
+        for name, sharpness in (("q", knobs["sharpness"]), ("k", knobs["sharpness"].view(-1, shared).mean(1))):
+            maps = getattr(self, f"{name}_features")
+            maps.copy_(torch.eye(*maps.shape[1:]) * sharpness.to(maps.dtype)[:, None, None])
+        self.window_weight.copy_(torch.logit(knobs["window_weight"]))
+
     @property
     def has_branches(self) -> bool:
         """See the base class: always."""
         return True
 
-    def mix(
+    def attend(
         self,
         x: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        values: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
         inputs: MixerInputs,
-        state: State | None,
-    ) -> tuple[torch.Tensor, State]:
-        """See the base class. State: as in mixers/ops/hedgehog.py, then the convolution's last inputs."""
+        past: State,
+    ) -> tuple[torch.Tensor, State, State]:
+        """See the base class. State: as in mixers/ops/hedgehog.py."""
         options, geometry = self.options, self.geometry
-        past = state or ()
-        q, k, v, buffers = self.project(x, inputs, past[self.states] if past and options.conv else None)
         turned = self.turn(q, k, rotary)
         mapped = self.features(*(turned if options.rope else (q, k)))
         logit = wide(self.window_weight)
@@ -80,12 +97,11 @@ class Hedgehog(AttentionMixer):
             mapped = tuple(torch.zeros_like(part) for part in mapped)
         elif self.branches == "linear":  # a token with nothing before its window has the window still
             gamma = torch.full_like(gamma, LEAST_WEIGHT)
-        heads = (*turned, v, *mapped, gamma)
+        heads = (*turned, values, *mapped, gamma)
         settings = (options.window, geometry.query_scale, geometry.softcap)
-        o, new = run(
-            OP, options.form, options.chunk, *heads, *settings, where=inputs, state=past[: self.states] or None
-        )
-        return self.output(x, o), (*new, *buffers)
+        state = past[: self.states] or None
+        o, new = run(OP, options.form, options.chunk, *heads, *settings, where=inputs, state=state)
+        return o, new, ()
 
     def features(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Nonnegative features, fp32, of queries (B, T, H, d) and keys (B, T, K, d)."""

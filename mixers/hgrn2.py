@@ -32,9 +32,17 @@ class HGRN2(ChannelAttention):
     def initial(self, row: TensorSpec, generator: torch.Generator | None) -> torch.Tensor:
         """See the base class."""
         if row.name == "f_bias":
-            forgotten = (-torch.expm1(-self.first_rates()) / (1 - self.bound)).clamp(max=0.9)
-            return torch.logit(1 - forgotten)
+            return self._bias(self.first_rates())
         return super().initial(row, generator)
+
+    def _bias(self, rates: torch.Tensor) -> torch.Tensor:
+        """Rates that the lower bound does not allow are as fast as it does."""
+        forgotten = (-torch.expm1(-rates) / (1 - self.bound)).clamp(max=0.9)
+        return torch.logit(1 - forgotten)
+
+    def set_rates(self, rates: torch.Tensor) -> None:
+        """See the base class."""
+        self.f_bias.copy_(self._bias(rates).flatten())
 
     def log_decay(self, x: torch.Tensor) -> torch.Tensor:
         """See the base class: (B, T, H, d)."""

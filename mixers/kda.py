@@ -21,6 +21,7 @@ class KDA(DeltaRule):
     """
 
     spec = KDASpec
+    decays = "channel"
     options: KDAOptions
     op = OP
 
@@ -41,6 +42,11 @@ class KDA(DeltaRule):
             rates = spread_rates(row.shape[0], self.options.half_life_min, self.options.half_life_max)
             return inverse_softplus(rates)
         return super().initial(row, generator)
+
+    def set_rates(self, rates: torch.Tensor) -> None:
+        """See the base class."""
+        self.A_log.zero_()
+        self.dt_bias.copy_(inverse_softplus(rates).flatten())
 
     def gates(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See the base class: log-decay (B, T, H, d) and write strength (B, T, H)."""

@@ -73,6 +73,7 @@ class ChannelAttention(LinearAttention):
     """Linear attention with a decay per channel of the key: S_t = diag(e^{g_t}) S_{t-1} + (1 - e^{g_t}) k v^T."""
 
     op = GLA_OP
+    decays = "channel"
 
     def first_rates(self) -> torch.Tensor:
         """Rates of decay per token, (H d,), at the start: the same in every head.

@@ -26,6 +26,7 @@ class Mamba(AttentionMixer):
     """
 
     spec = MambaSpec
+    decays = "channel"
     options: MambaOptions
 
     def __init__(self, geometry: Geometry, options: MambaOptions, layer_idx: int, num_layers: int, first: bool) -> None:
@@ -56,6 +57,18 @@ class Mamba(AttentionMixer):
         if row.name == "D":
             return value.fill_(options.skip)
         return value
+
+    @property
+    def rate_channels(self) -> int:
+        """See the base class: the N numbers of state of a channel; of each group alike."""
+        return self.group
+
+    def set_rates(self, rates: torch.Tensor) -> None:
+        """See the base class: the step is the geometric mean of a head's rates, A the rates over it."""
+        step = rates.log().mean(-1, keepdim=True).exp()
+        width = self.geometry.head_dim
+        self.dt_bias.copy_(inverse_softplus(step).expand(-1, width).flatten())
+        self.A_log.copy_((rates / step).log()[:, None].expand(-1, width, -1).flatten(0, 1))
 
     def grouped(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, heads, d) -> (B, T, heads, d / N, N): groups of a head; what turns together stays together."""

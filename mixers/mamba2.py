@@ -26,6 +26,7 @@ class Mamba2(LinearAttention):
 
     spec = Mamba2Spec
     op = OP
+    decays = "head"
     options: Mamba2Options
 
     def __init__(
@@ -63,6 +64,14 @@ class Mamba2(LinearAttention):
         """Rates of decay per token, (H,), at the start."""
         options = self.options
         return spread_rates(self.geometry.num_heads, options.half_life_min, options.half_life_max)
+
+    def set_rates(self, rates: torch.Tensor) -> None:
+        """See the base class."""
+        if self.options.discrete:
+            self.a_bias.copy_(inverse_softplus(rates))
+        else:
+            self.A_log.zero_()
+            self.dt_bias.copy_(inverse_softplus(rates))
 
     def log_decay(self, x: torch.Tensor) -> torch.Tensor:
         """See the base class: (B, T, H)."""

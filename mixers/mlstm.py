@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.functional import logsigmoid
 
 from .base import MixerInputs, State
+from .calibration import AttentionStats
 from .heads import AttentionMixer, wide
 from .kernels import run
 from .ops.mlstm import OP
@@ -25,6 +26,7 @@ class MLSTM(AttentionMixer):
     """
 
     spec = MLSTMSpec
+    decays = "head"
     options: MLSTMOptions
     states = 3
 
@@ -46,6 +48,20 @@ class MLSTM(AttentionMixer):
             rate = math.log(2.0) / torch.linspace(low, high, row.shape[0]).exp()
             return -torch.log(torch.expm1(rate))  # the sigmoid of this is e^-rate
         return super().initial(row, generator)
+
+    def knobs(self) -> dict[str, tuple[float, ...]]:
+        """See the base class; the log of the input gate decides how often the normaliser counts."""
+        return {**super().knobs(), "input_gate": (self.options.input_gate, -6.0, -4.0, -1.0, 0.0, 2.0, 5.0)}
+
+    @torch.no_grad()
+    def calibrate(self, stats: AttentionStats, knobs: dict[str, torch.Tensor]) -> None:
+        """See the base class."""
+        super().calibrate(stats, knobs)
+        self.i_bias.copy_(knobs["input_gate"])
+
+    def set_rates(self, rates: torch.Tensor) -> None:
+        """See the base class."""
+        self.f_bias.copy_(-torch.log(torch.expm1(rates)))
 
     def recurrence(
         self,

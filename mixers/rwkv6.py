@@ -54,6 +54,10 @@ class RWKV6(ChannelAttention):
             return value.fill_(1.0)
         return value
 
+    def set_rates(self, rates: torch.Tensor) -> None:
+        """See the base class."""
+        self.w0.copy_(rates.log().flatten())
+
     def mix(
         self,
         x: torch.Tensor,
@@ -67,6 +71,12 @@ class RWKV6(ChannelAttention):
         shifted, last = self.shifted(x, inputs, None if state is None else state[-1])
         out, new = super().mix(shifted, rotary, inputs, None if state is None else state[:-1])
         return out, (*new, last)
+
+    def matrix(
+        self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None, inputs: MixerInputs
+    ) -> torch.Tensor:
+        """See the base class."""
+        return super().matrix(self.shifted(x, inputs, None)[0] if self.options.token_shift else x, rotary, inputs)
 
     def shifted(
         self, x: torch.Tensor, inputs: MixerInputs, last: torch.Tensor | None

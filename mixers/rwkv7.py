@@ -30,6 +30,8 @@ class RWKV7(AttentionMixer):
     """
 
     spec = RWKV7Spec
+    decays = "channel"
+    writes = True
     couples_layers = True
     options: RWKV7Options
 
@@ -76,6 +78,18 @@ class RWKV7(AttentionMixer):
             return orthogonal_(value, gain=0.1 * max(1.0, rows / columns) ** 0.5, generator=generator)
         return value.fill_(constants.get(row.name, 0.0))
 
+    def values(self, x: torch.Tensor, v: torch.Tensor, inputs: MixerInputs) -> torch.Tensor:
+        """See the base class: of all heads, mixed with those of the lowest converted layer."""
+        return self.residual(x, self.repeat(v), inputs)
+
+    def set_rates(self, rates: torch.Tensor) -> None:
+        """See the base class; as fast as RWKV-7's decays can be."""
+        self.w0.copy_(torch.logit((rates / LOG_DECAY_BOUND).clamp(max=0.99)).flatten())
+
+    def set_strength(self, strength: torch.Tensor) -> None:
+        """See the base class: the removal strength a."""
+        self.a0.copy_(torch.logit(strength).repeat_interleave(self.geometry.head_dim))
+
     def recurrence(
         self,
         x: torch.Tensor,
@@ -87,7 +101,7 @@ class RWKV7(AttentionMixer):
     ) -> tuple[torch.Tensor, State]:
         """See the base class. State: (B, H, d, d). The queries are RWKV's receptance r."""
         split = (self.geometry.num_heads, self.geometry.head_dim)
-        r, k, v = q, self.repeat(k), self.residual(x, self.repeat(v), inputs)
+        r, k, v = q, self.repeat(k), self.repeat(v)
         w = -LOG_DECAY_BOUND * (self.w0 + wide((x @ self.w1).tanh() @ self.w2)).sigmoid().unflatten(-1, split)
         a = wide(self.a0 + (x @ self.a1) @ self.a2).sigmoid().unflatten(-1, split)
         if self.options.unit_keys:

@@ -21,6 +21,7 @@ class Titans(DeltaRule):
     """
 
     spec = TitansSpec
+    decays = "head"
     options: TitansOptions
     op = OP
     states = 2
@@ -42,6 +43,10 @@ class Titans(DeltaRule):
             rates = spread_rates(row.shape[0], self.options.half_life_min, self.options.half_life_max)
             return torch.log(torch.expm1(rates))  # the sigmoid of this is 1 - e^-rate
         return super().initial(row, generator)
+
+    def set_rates(self, rates: torch.Tensor) -> None:
+        """See the base class."""
+        self.a_bias.copy_(torch.log(torch.expm1(rates)))
 
     def gates(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See the base class: step size, momentum and forgetting, each (B, T, H)."""
