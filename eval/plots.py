@@ -294,3 +294,38 @@ def _figure(path: str | Path, width: float, height: float) -> Iterator[Any]:
         yield figure
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def layer_scores(methods: Sequence[dict[str, Any]], path: str | Path) -> Path:
+    """Scores of every layer, one panel per selection method, with standard errors; chosen layers are filled.
+
+    Args:
+        methods: scores files as `relinear select` writes them: `method`, `what`, `scores`, `stderr`, `chosen`.
+        path: of the PNG.
+
+    Raises:
+        ValueError: no method.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    if not methods:
+        raise ValueError("nothing to draw: no method")
+    columns = min(3, len(methods))
+    rows = math.ceil(len(methods) / columns)
+    layers = list(range(len(methods[0]["scores"])))
+    size = max(2.0, 6.0 - len(layers) / 12)
+    with _figure(path, 0.4 + (2.6 + 0.03 * len(layers)) * columns, 0.2 + 2.3 * rows) as figure:
+        panels = figure.subplots(rows, columns, squeeze=False).flatten()
+        for number, (axes, method) in enumerate(zip(panels, methods, strict=False)):
+            values = [method["scores"][str(layer)] for layer in layers]
+            errors = None if method["stderr"] is None else [method["stderr"][str(layer)] for layer in layers]
+            colour = _COLOURS[(number + 1) % len(_COLOURS)]
+            axes.errorbar(layers, values, yerr=errors, fmt="none", ecolor=colour, elinewidth=1.0, capsize=2)
+            fill = [colour if layer in method["chosen"] else "white" for layer in layers]
+            axes.scatter(layers, values, s=size**2, c=fill, edgecolors=colour, linewidths=1.1, zorder=3)
+            axes.set_title(method["method"] + ("" if method.get("signal", True) else " (noise)"))
+            axes.set_xlabel(f"layer (high: {method['higher_is']})", fontsize=8)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for axes in panels[len(methods) :]:
+            axes.set_visible(False)
+    return Path(path)

@@ -17,7 +17,7 @@ import typer
 from .. import __version__
 from ..distill.errors import MachineError, RunFailed, UserError
 from ..mixers.errors import KernelMissing, KernelRefused
-from .commands import bench, doctor, look, model, work
+from .commands import bench, doctor, look, model, select, work
 from .commands.common import examples
 from .output import talk
 
@@ -37,7 +37,7 @@ app = typer.Typer(
         then="relinear quickstart",
     ),
 )
-for commands in (work, look, model, bench, doctor):
+for commands in (work, look, select, model, bench, doctor):
     commands.register(app)
 
 
