@@ -145,7 +145,7 @@ def compare(
     models = [model for model, _ in loaded.values()]
     tokenizer = loaded["student"][1]
     if teacher is not None:
-        _check_same_vocabulary(str(student), str(teacher), *loaded.values())
+        check_same_vocabulary(str(student), str(teacher), *loaded.values())
     sources = [str(text)] if isinstance(text, (str, Path)) else [str(source) for source in text]
     paths = _files(sources)
     window = _window(models, seq_len)
@@ -196,8 +196,12 @@ def vocabulary_hash(tokenizer: Any) -> str:
 _PROBE = 'Once upon a time, 1,024 naïve foxes\tsaid: "Don\'t panic!"\n\n  def f(x):  # 3.14 日本 é'
 
 
-def _check_same_vocabulary(student: str, teacher: str, ours: tuple[Any, Any], theirs: tuple[Any, Any]) -> None:
-    """Figures per token compare only if both models see the same tokens."""
+def check_same_vocabulary(student: str, teacher: str, ours: tuple[Any, Any], theirs: tuple[Any, Any]) -> None:
+    """Refuse two (model, tokenizer) pairs, named as given, whose figures per token do not compare.
+
+    Raises:
+        UserError: their tokenizers or vocabularies differ.
+    """
     hint = "compare models of one family, e.g. an export with the teacher it was made from"
     first, second = (tokenizer for _, tokenizer in (ours, theirs))
     if vocabulary_hash(first) != vocabulary_hash(second):

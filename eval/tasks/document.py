@@ -20,6 +20,10 @@ SENTENCE_ENDS = (".", "!", "?")
 LONGEST_FILLER = 2_000_000  # characters read of the user's own file
 
 
+class TooShort(ValueError):
+    """The length asked for has no room for the document's parts."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What is asked for.
@@ -117,12 +121,12 @@ class Writer:
             asks: the questions.
 
         Raises:
-            ValueError: the document's parts alone are longer.
+            TooShort: the document's parts alone are longer.
         """
         fixed = [*self.first, *(i for _, ids in inserts for i in ids)]
         room = length - len(fixed) - sum(len(ask.asking) + len(ask.answer) for ask in asks)
         if room < 0:
-            raise ValueError(f"length must be at least {length - room} tokens for this document, not {length}")
+            raise TooShort(f"length must be at least {length - room} tokens for this document, not {length}")
         straw = self.filler(rng, room)
         ends = [0, *(i + 1 for i, token in enumerate(straw) if self.ends_sentence(token)), room]
         ids, done = list(self.first), 0

@@ -4,31 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .document import Answer, Document
-
-
-@dataclass(frozen=True)
-class Score:
-    """One answer's score.
-
-    Attributes:
-        exact: every token of the answer is the model's arg-max, given what stands before it.
-        credit: share of the answer that is right from its beginning: digits of a number, tokens of anything else.
-        logprob: natural log-probability of the answer.
-        choice: a right answer is likelier than every rival; None where rivals were not scored.
-        rank: 1 + the number of rivals likelier than the best right answer; None likewise.
-    """
-
-    exact: bool
-    credit: float
-    logprob: float
-    choice: bool | None = None
-    rank: int | None = None
+from .summary import Score
 
 
 @torch.no_grad()

@@ -21,9 +21,6 @@ DIGITS = 5
 RIVALS = 7
 """Wrong answers beside the right one: chance is one in eight."""
 
-SEVERAL = 4
-"""Needles in the variants with more than one."""
-
 
 def draw_numbers(rng: random.Random, count: int) -> list[str]:
     """`count` different numbers of `DIGITS` digits, none with a leading zero."""
@@ -52,7 +49,8 @@ def needle(
         others: further needles with other keys, at any depth (RULER's multi-key).
 
     Raises:
-        ValueError: the length has no room for the needles, or the depth is outside 0 to 1.
+        TooShort: the length has no room for the needles.
+        ValueError: the depth is outside 0 to 1.
     """
     if not 0 <= depth <= 1:
         raise ValueError(f"depth must be between 0 and 1, not {depth}")
@@ -66,7 +64,7 @@ def needle(
     return writer.haystack(rng, length, inserts, [ask])
 
 
-def all_needles(writer: Writer, rng: random.Random, length: int, count: int = SEVERAL) -> Document:
+def all_needles(writer: Writer, rng: random.Random, length: int, count: int) -> Document:
     """`count` needles at any depth, every one asked for in another order (RULER's multi-query)."""
     pairs = draw_pairs(rng, count)
     inserts = [(rng.random(), _sentence(writer, key, value)) for key, value in pairs]
@@ -78,7 +76,7 @@ def all_needles(writer: Writer, rng: random.Random, length: int, count: int = SE
     return writer.haystack(rng, length, inserts, asks)
 
 
-def all_values(writer: Writer, rng: random.Random, length: int, count: int = SEVERAL) -> Document:
+def all_values(writer: Writer, rng: random.Random, length: int, count: int) -> Document:
     """One key with `count` values, told at different depths, all asked for (RULER's multi-value).
 
     Any value not yet said is right at any place; the document says them in the order told.
