@@ -213,6 +213,11 @@ class MixerSpec:
         return None
 
     @staticmethod
+    def no_matrix(options: Any) -> str | None:
+        """Why what each head does is no (tokens x tokens) matrix on its values; None where it is one."""
+        return None
+
+    @staticmethod
     def drops(geometry: Geometry, options: Any) -> tuple[str, ...]:
         """The attention's tensors that transfer leaves behind on purpose, by name; any other must have a row."""
         return ()

@@ -37,6 +37,11 @@ class IdentitySpec(MixerSpec):
         return (*weights, *biases, *([f"{part}_norm.weight" for part in "qk"] if geometry.qk_norm else []))
 
     @staticmethod
+    def no_matrix(options: IdentityOptions) -> str | None:
+        """See the base class."""
+        return "it mixes no tokens"
+
+    @staticmethod
     def tensors(geometry: Geometry, options: IdentityOptions, *, first: bool, position: float) -> list[TensorSpec]:
         """The table; see the base class. Every layer has the same."""
         if options.skip:

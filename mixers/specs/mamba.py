@@ -75,6 +75,11 @@ class MambaSpec(MixerSpec):
         return f"state {options.state} does not divide the head's {d} channels; take one of {fitting}, or null"
 
     @staticmethod
+    def no_matrix(options: MambaOptions) -> str | None:
+        """See the base class."""
+        return "every channel of a head decays, and so mixes, at its own rate"
+
+    @staticmethod
     def tensors(geometry: Geometry, options: MambaOptions, *, first: bool, position: float) -> list[TensorSpec]:
         """The table; see the base class. Every layer has the same."""
         inner, rank, size = geometry.inner_size, dt_rank(geometry, options), group_size(geometry, options)
