@@ -28,9 +28,11 @@ def _task(name: str, task: dict[str, Any], path: Path) -> Path:
     cells = next(iter(models.values()))["cells"]
     columns, rows = sorted({cell[across] for cell in cells}), sorted({cell[up] for cell in cells})
     width, height = max(1.9, 0.62 * len(columns) + 0.5), max(1.0, 0.42 * len(rows))
-    noise = "" if "exact" in task["signal"] else f"   noise: the {next(iter(models))} is at chance"
-    with _figure(path, width * len(models) + 1.4, height + 1.5) as figure:
-        figure.suptitle(f"{name}: {task['about']}{noise}", x=0.01, ha="left", fontsize=10, fontweight="bold")
+    title = f"{name}: {task['about']}"
+    if "exact" not in task["signal"]:
+        title += f"\nnoise: the {next(iter(models))} is at chance"
+    with _figure(path, max(width * len(models) + 1.4, 5.2), height + 1.5) as figure:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
         panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
         image = None
         for axes, (model, values) in zip(panels, models.items(), strict=True):
@@ -49,7 +51,13 @@ def _task(name: str, task: dict[str, Any], path: Path) -> Path:
             axes.spines[:].set_visible(False)
             axes.tick_params(length=0)
         panels[0].set_ylabel(_label(up))
-        figure.colorbar(image, ax=list(panels), format=lambda value, _: f"{100 * value:.0f} %", ticks=[0, 0.5, 1])
+        figure.colorbar(
+            image,
+            ax=list(panels),
+            format=lambda value, _: f"{100 * value:.0f} %",
+            ticks=[0, 0.5, 1],
+            label="exact answers",
+        )
     return path
 
 

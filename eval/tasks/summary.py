@@ -72,12 +72,13 @@ def summarised(scores: Sequence[Sequence[Score]]) -> dict[str, Any]:
 
 
 def chances(documents: Sequence[Document]) -> dict[str, float]:
-    """What guessing gives: {"exact": `Answer.chance`, "choice": one of the options}, means over the answers."""
+    """What guessing gives, means over the answers: "exact" is `Answer.chance`; "choice" is one of the options, or
+    `Answer.chance` where that is more (a model that says any value it has seen never takes a made-up rival)."""
     answers = [answer for document in documents for answer in document.answers]
-    rights = [(1 + len(a.also), 1 + len(a.also) + len(a.rivals)) for a in answers]
+    options = [max(a.chance, (1 + len(a.also)) / (1 + len(a.also) + len(a.rivals))) for a in answers]
     return {
         "exact": sum(answer.chance for answer in answers) / len(answers),
-        "choice": sum(right / options for right, options in rights) / len(answers),
+        "choice": sum(options) / len(answers),
     }
 
 
