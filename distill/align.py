@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, suppress
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +12,7 @@ from .losses import ALIGN, align_loss
 from .precision import autocast, no_autocast
 from .stage import Group, Stage, StageSettings
 from .teacher import Teacher
+from .walk import Rotary, walk
 
 TRAIN = ("all", "new")
 """What may train: all of the mixers; what transfer did not take from attention (decays, feature maps, gates)."""
@@ -75,10 +73,6 @@ def align_module(mixers: dict[int, Mixer]) -> nn.ModuleDict:
     return nn.ModuleDict({str(layer): mixers[layer] for layer in sorted(mixers)})
 
 
-class _LastLayerDone(Exception):
-    """Leaves the teacher's forward: nothing above the highest converted layer is needed."""
-
-
 def align_step(
     teacher: Teacher,
     mixers: dict[int, Mixer],
@@ -102,40 +96,18 @@ def align_step(
     Returns:
         `layer N` for every mixer, and `loss`, their mean.
     """
-    mask = None if bool(batch.real.all()) else batch.real
-    single = bool((batch.segments[:, 0] == batch.segments[:, -1]).all())
-    inputs = MixerInputs(padding=mask, segments=None if single else batch.segments)
     device = batch.input_ids.device.type
-    last = max(mixers)
     losses: dict[str, Tensor] = {}
 
-    def listen(layer: int, mixer: Mixer) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            wanted = output[0] if isinstance(output, tuple) else output
-            rotary = kwargs.get("position_embeddings")  # given to layers without rotary embedding too
-            if precision == "fp32":
-                given, rotary = given.float(), None if rotary is None else tuple(r.float() for r in rotary)
-            with torch.set_grad_enabled(backward):
-                with autocast(device, precision):
-                    made, _ = mixer(given, position_embeddings=rotary, mixer_inputs=inputs)
-                with no_autocast(device):
-                    value = align_loss(loss, made, wanted, mask, total)
-                    if backward and value.requires_grad:  # a mixer without parameters has none
-                        value.backward()
-            losses[f"layer {layer}"] = value.detach()
-            inputs.shared = {key: tensor.detach() for key, tensor in inputs.shared.items()}
-            if layer == last:
-                raise _LastLayerDone
+    def visit(layer: int, given: Tensor, rotary: Rotary, wanted: Tensor, inputs: MixerInputs) -> None:
+        with torch.set_grad_enabled(backward):
+            with autocast(device, precision):
+                made, _ = mixers[layer](given, position_embeddings=rotary, mixer_inputs=inputs)
+            with no_autocast(device):
+                value = align_loss(loss, made, wanted, inputs.padding, total)
+                if backward and value.requires_grad:  # a mixer without parameters has none
+                    value.backward()
+        losses[f"layer {layer}"] = value.detach()
 
-        return hook
-
-    with ExitStack() as stack:
-        for layer, mixer in mixers.items():
-            handle = teacher.attention(layer).register_forward_hook(listen(layer, mixer), with_kwargs=True)
-            stack.callback(handle.remove)
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(autocast(device, precision))
-        with suppress(_LastLayerDone):
-            teacher.backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+    walk(teacher, mixers, batch, visit, precision)
     return {"loss": torch.stack(list(losses.values())).mean(), **losses}
