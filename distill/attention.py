@@ -21,11 +21,12 @@ _NAME = __name__.replace(".", "_")
 
 @dataclass(frozen=True)
 class AttentionHeads:
-    """Queries and keys as transformers' own attention function receives them, after biases, norms and rotation.
+    """Queries, keys and values as transformers' own attention function receives them, after biases, norms and rotation.
 
     Attributes:
         q: (B, H, T, d).
         k: (B, K, T, d); query head h reads key head h // (H / K).
+        v: (B, K, T, d), values.
         scale: factor of the scores q . k.
         softcap: scores are bounded by softcap * tanh(score / softcap); None where they are not.
         window: tokens that a layer sees, the token itself included; None for all before it.
@@ -33,6 +34,7 @@ class AttentionHeads:
 
     q: Tensor
     k: Tensor
+    v: Tensor
     scale: float
     softcap: float | None
     window: int | None
@@ -112,10 +114,10 @@ class _Heads(Exception):
 
 
 def _give_heads(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> NoReturn:
-    """Stands among transformers' attention functions: takes queries (B, H, T, d) and keys (B, K, T, d), gives up."""
+    """Stands among transformers' attention functions: takes queries (B, H, T, d), keys and values (B, K, T, d)."""
     scale = kwargs.get("scaling")
     scale = module.head_dim**-0.5 if scale is None else float(scale)
-    raise _Heads(AttentionHeads(query, key, scale, kwargs.get("softcap"), kwargs.get("sliding_window")))
+    raise _Heads(AttentionHeads(query, key, value, scale, kwargs.get("softcap"), kwargs.get("sliding_window")))
 
 
 @contextmanager

@@ -97,13 +97,13 @@ FAMILIES: dict[str, Family] = {
             "mixtral", "Mixtral", types=_all_slide, moe=lambda values, layer: True,
             defaults={"num_key_value_heads": 8, "num_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5},
         ),
-        Family("olmo2", "Olmo2", **_BIAS, qk_norm="full", defaults={"rms_norm_eps": 1e-5}),
+        Family("olmo2", "Olmo2", post_norm=True, **_BIAS, qk_norm="full", defaults={"rms_norm_eps": 1e-5}),
         Family(
-            "olmo3", "Olmo3", **_BIAS, qk_norm="full", masks_by_type=True, types=_full_every(4),
+            "olmo3", "Olmo3", post_norm=True, **_BIAS, qk_norm="full", masks_by_type=True, types=_full_every(4),
             defaults={"sliding_window": 4096, "rms_norm_eps": 1e-5},
         ),
         Family(
-            "gemma2", "Gemma2", **_BIAS, masks_by_type=True, types=_full_every(2), norms=4,
+            "gemma2", "Gemma2", post_norm=True, **_BIAS, masks_by_type=True, types=_full_every(2), norms=4,
             scale=_query_scalar, softcap="attn_logit_softcapping",
             head=lambda values: Head(softcap=values["final_logit_softcapping"]),
             defaults={
@@ -111,7 +111,7 @@ FAMILIES: dict[str, Family] = {
             },
         ),
         Family(
-            "gemma3_text", "Gemma3", "Text", **_BIAS, masks_by_type=True,
+            "gemma3_text", "Gemma3", "Text", post_norm=True, **_BIAS, masks_by_type=True,
             types=_full_every(6, "sliding_window_pattern"), qk_norm="head", norm_offset=True, norms=4,
             scale=_query_scalar,
             head=lambda values: Head(softcap=values.get("final_logit_softcapping")),
@@ -127,7 +127,8 @@ FAMILIES: dict[str, Family] = {
             },
         ),
         Family(
-            "granite", "Granite", **_BIAS, mlp_bias="mlp_bias", scale=lambda values: values["attention_multiplier"],
+            "granite", "Granite", **_BIAS, residual="residual_multiplier", mlp_bias="mlp_bias",
+            scale=lambda values: values["attention_multiplier"],
             head=lambda values: Head(1 / values["logits_scaling"]),
             defaults={"attention_multiplier": 1.0, "logits_scaling": 1.0},
         ),

@@ -64,6 +64,8 @@ class Family:
         moe: (values, layer) -> the block is a mixture of experts.
         norms: in each decoder layer, attention's own aside.
         norm_bias: these norms have a bias.
+        post_norm: attention's output passes a norm before it is added to the residual stream.
+        residual: key of the factor with which it is added.
         head: values -> what is done to the logits.
         defaults: what transformers takes for keys that config.json leaves out, where that is not None or False.
     """
@@ -92,6 +94,8 @@ class Family:
     moe: Callable[[Values, int], bool] = lambda values, layer: False
     norms: int = 2
     norm_bias: bool = False
+    post_norm: bool = False
+    residual: str = ""
     head: Callable[[Values], Head] = lambda values: Head()
     defaults: Values = field(default_factory=dict)
 
@@ -156,6 +160,10 @@ class Family:
         """What the model does to the output projection's result."""
         return self.head(self.values(config))
 
+    def residual_scale(self, config: Values) -> float | None:
+        """Factor with which attention's output is added to the residual stream; None where a norm comes before that."""
+        return None if self.post_norm else float(config[self.residual]) if config.get(self.residual) else 1.0
+
     def origin(self, name: str) -> str:
         """Where a tensor of attention, by its usual name (`q_proj.weight`), stands in this family.
 
@@ -183,6 +191,20 @@ def check_geometry(spec: type[MixerSpec], geometry: Geometry, options: MixerOpti
     reason = spec.refusal(geometry, options)
     if reason is not None:
         raise UserError(f"layer {layer}: {spec.name} cannot replace this attention: {reason}")
+
+
+def check_matrix(spec: type[MixerSpec], options: MixerOptions, layer: int, stage: str) -> None:
+    """Refuse a stage on mixing matrices for a mixer that has none.
+
+    Raises:
+        UserError: with what to do instead.
+    """
+    reason = spec.no_matrix(options)
+    if reason is not None:
+        raise UserError(
+            f"stages.{stage}: layer {layer}: {spec.name} has no mixing matrix to train: {reason}. Remove the stage, as "
+            "align needs none, or convert the layer with another mixer: relinear ls"
+        )
 
 
 def lost(spec: type[MixerSpec], geometry: Geometry, options: MixerOptions) -> list[str]:

@@ -1,0 +1,255 @@
+"""Calibrate: decays, strengths and output maps in closed form from a few teacher batches, before any gradient step.
+
+Published: decays from the mean attention distance, write strength from entropy, a scale per head (Taylor-Calibrate,
+arXiv 2606.16429). Beyond it: each head's decays and strengths by a grid, and the output projection by ridge least
+squares, layer by layer from the bottom, on the stream that the layers below already make.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ..mixers.base import Mixer
+from . import files
+from .align import align_module
+from .attention import attention_heads
+from .attention_stats import StatsSum
+from .calibrate_layer import LayerReport, calibrate_layer, output_error
+from .calibrate_streams import Sample, run_to, sample
+from .checkpoint import Checkpoint, Checkpoints, load_module, module_tensors
+from .data.batch import Batch
+from .data.source import Source
+from .errors import RunFailed, UserError
+from .loop import fingerprints, seed_all
+from .stage import Callbacks, StageResult
+from .teacher import Teacher
+
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+"""Relative dampings of the output projection from which held-out tokens choose."""
+HELD_OUT = 8
+"""One held-out token for so many that are fitted."""
+LOOKED_AT = 16_384
+"""Tokens of which the attention's statistics are taken."""
+SEARCHED = 4_096
+"""Tokens on which the knobs of heads are chosen."""
+
+
+@dataclass(frozen=True)
+class CalibrateSettings:
+    """What a recipe says of the stage.
+
+    Attributes:
+        tokens: non-padding input tokens that are fitted; an eighth as many more are held out.
+        batch: sequences per forward.
+        seq_len: positions of a sequence.
+        method: `full`, or `taylor`: decays, strengths and scales as published, no fit of the output projection.
+        inputs: `student`: from the bottom up, each layer on what the calibrated layers below it make, towards the
+            teacher's residual stream; `teacher`: each layer on the teacher's own inputs.
+        ridge: relative damping of the output projection; None lets held-out tokens choose among `RIDGES`.
+        window: tokens of the window whose share of the attention is reported.
+        seed: of every random number generator when the stage starts.
+    """
+
+    tokens: int = 64_000
+    batch: int = 8
+    seq_len: int = 512
+    method: Literal["full", "taylor"] = "full"
+    inputs: Literal["teacher", "student"] = "student"
+    ridge: float | None = None
+    window: int = 64
+    seed: int = 0
+
+
+def run_calibrate(
+    teacher: Teacher,
+    mixers: dict[int, Mixer],
+    source: Source,
+    settings: CalibrateSettings,
+    *,
+    folder: Path | str,
+    name: str = "calibrate",
+    layers: list[int] | None = None,
+    resume: bool = False,
+    callbacks: Callbacks | None = None,
+    deadline: float | None = None,
+) -> StageResult:
+    """Calibrate mixers in place; commits them as a stage and writes `FOLDER/NAME.json`.
+
+    Args:
+        teacher: frozen.
+        mixers: by layer, as transferred.
+        source: of batches, at its beginning.
+        settings: see there.
+        folder: of the run.
+        name: of the stage.
+        layers: those to calibrate; all by default. Others are run as they are.
+        resume: take up the commit that the folder may hold.
+        callbacks: `progress`, `message` and `should_stop` are called, between layers.
+        deadline: `time.monotonic()` after which no further layer starts.
+
+    Returns:
+        Its `report` holds what the JSON does. A stage that was stopped has committed nothing and starts anew.
+
+    Raises:
+        UserError: the folder holds this stage and `resume` is False, or holds it with other settings or teacher.
+        RunFailed: statistics or a solution are not finite; names the layer.
+    """
+    folder, callbacks = Path(folder), callbacks or Callbacks()
+    store = Checkpoints(folder / "checkpoints")
+    module = align_module(mixers)
+    found = store.newest(name)
+    if found is not None:
+        return _take_up(found, module, teacher, settings, folder, name, resume, callbacks)
+    seed_all(settings.seed)
+    start = time.perf_counter()
+    fit, held = calibration_batches(source, settings.tokens, next(teacher.model.parameters()).device)
+    before = {"frozen": fingerprints(teacher.model.state_dict()), "trained": fingerprints(module.state_dict())}
+    wanted, rows = sorted(mixers) if layers is None else sorted(layers), {}
+    done = 0
+    for number, layer in enumerate(wanted, 1):
+        if callbacks.should_stop() or (deadline is not None and time.monotonic() >= deadline):
+            return StageResult(name, "stopped", 0, 0, time.perf_counter() - start, {}, None, [], {}, store.folder)
+        try:
+            rows[str(layer)] = _one_layer(teacher, mixers, layer, fit, held, settings)
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            raise RunFailed(f"{name}: layer {layer} ({mixers[layer].spec.name}): {error}. {_mend(name)}") from error
+        done = sum(one.tokens for one in fit) * number // len(wanted)
+        callbacks.progress({"stage": name, "step": number, "tokens": done, "loss": rows[str(layer)]["calibrated"]})
+    if before["frozen"] != fingerprints(teacher.model.state_dict()):
+        raise RunFailed(f"{name}: the teacher changed. This is an error of relinear, not of your input")
+    report = {
+        "method": settings.method,
+        "inputs": settings.inputs,
+        "tokens": sum(one.tokens for one in fit),
+        "held_out_tokens": sum(one.tokens for one in held),
+        "layers": rows,
+    }
+    result = StageResult(
+        name, "complete", len(wanted), done, time.perf_counter() - start, {}, None, [], report, store.folder
+    )
+    state = {"tokens": done, "best": None, "settings": dataclasses.asdict(settings), "fingerprints": before}
+    state["result"] = {key: value for key, value in result.__dict__.items() if key != "path"}
+    commit = store.commit(name, len(wanted), module_tensors(module), state, complete=True)
+    files.write_json(folder / f"{name}.json", report)
+    return dataclasses.replace(result, path=commit.path)
+
+
+def calibration_batches(
+    source: Source, tokens: int, device: torch.device | str = "cpu"
+) -> tuple[list[Batch], list[Batch]]:
+    """A source's next batches: of at least `tokens` tokens to fit, and of an eighth as many to hold out."""
+    parts: list[list[Batch]] = []
+    for wanted in (tokens, -(-tokens // HELD_OUT)):
+        parts.append([])
+        while sum(batch.tokens for batch in parts[-1]) < wanted:
+            parts[-1].append(source.next_batch().to(device))
+    return parts[0], parts[1]
+
+
+def teacher_errors(teacher: Teacher, mixers: dict[int, Mixer], batches: list[Batch]) -> dict[int, float]:
+    """Layer -> |made - attention's output| / |attention's output| on the teacher's layer inputs."""
+    errors = {}
+    for layer, mixer in mixers.items():
+        samples = [_held(teacher, mixers, layer, batch) for batch in batches]
+        with torch.no_grad():
+            errors[layer] = output_error(mixer, samples)
+    return errors
+
+
+def _held(teacher: Teacher, mixers: dict[int, Mixer], layer: int, batch: Batch) -> Sample:
+    return sample(teacher, mixers, layer, batch, False, run_to(teacher, mixers, layer, batch, False))
+
+
+@torch.no_grad()
+def _one_layer(
+    teacher: Teacher,
+    mixers: dict[int, Mixer],
+    layer: int,
+    fit: list[Batch],
+    held: list[Batch],
+    settings: CalibrateSettings,
+) -> dict[str, Any]:
+    """Calibrate a layer; its row of the report."""
+    mixer, own, full = mixers[layer], settings.inputs == "student", settings.method == "full"
+    sums = StatsSum(mixer.geometry.num_heads, settings.seq_len, settings.window)
+    samples, seen = [], 0
+    for batch in fit:
+        given = run_to(teacher, mixers, layer, batch, False)
+        one = sample(teacher, mixers, layer, batch, own, given)
+        if seen < LOOKED_AT:
+            heads = attention_heads(teacher, layer, given.hidden, given.rotary)
+            one.context = sums.add(heads, batch, contexts=seen < SEARCHED)
+        seen += batch.tokens
+        samples.append(one)
+    stats = sums.result()
+    theirs = [_held(teacher, mixers, layer, batch) for batch in held]
+    mine = theirs
+    if own:
+        mine = [sample(teacher, mixers, layer, b, True, run_to(teacher, mixers, layer, b, False)) for b in held]
+    fresh = type(mixer)(mixer.geometry, mixer.options, layer, mixer.num_layers, mixer.first)
+    fresh.reset_parameters(torch.Generator().manual_seed(settings.seed + layer))
+    errors = {"random": output_error(fresh.to(theirs[0].hidden.device), theirs)}
+    errors["transfer"] = output_error(mixer, theirs)
+    ridges = RIDGES if settings.ridge is None else (settings.ridge,)
+    made: LayerReport = calibrate_layer(mixer, stats, samples, mine, ridges, full)
+    errors["calibrated"] = output_error(mixer, theirs)
+    if not all(math.isfinite(value) for value in errors.values()):
+        raise ValueError(f"errors are not finite: {errors}")
+    return {
+        "mixer": mixer.spec.name,
+        **errors,
+        "aligned": None,
+        "stream": made.errors,
+        "kept": made.kept,
+        "ridge": made.ridge,
+        "knobs": made.knobs,
+        "distance": stats.distance.tolist(),
+        "entropy": stats.entropy.tolist(),
+        "near": {"window": stats.window, "share": stats.near.tolist()},
+        "histogram": {"edges": stats.edges.tolist(), "share": stats.histogram.tolist()},
+    }
+
+
+def _take_up(
+    found: Checkpoint,
+    module: torch.nn.Module,
+    teacher: Teacher,
+    settings: CalibrateSettings,
+    folder: Path,
+    name: str,
+    resume: bool,
+    callbacks: Callbacks,
+) -> StageResult:
+    """The stage as a commit holds it."""
+    if not resume:
+        raise UserError(
+            f"{folder}: already holds stage {name!r}. Continue it with --resume, or choose another folder: --out DIR"
+        )
+    for key, value in dataclasses.asdict(settings).items():
+        if found.state["settings"].get(key) != value:
+            raise UserError(
+                f"{found.path}: was made with {name}.{key} = {found.state['settings'].get(key)}, now it is {value}. "
+                "Set it back to resume, or start in a new folder: --out DIR"
+            )
+    if found.state["fingerprints"]["frozen"] != fingerprints(teacher.model.state_dict()):
+        raise UserError(
+            f"{found.path}: was made with another teacher. Resume with the teacher that the run began with, or start "
+            "in a new folder: --out DIR"
+        )
+    load_module(module, found.weights(), found.path)
+    callbacks.message(f"{name}: complete, loaded from {found.path}")
+    result = StageResult(**found.state["result"], path=found.path)
+    if not (folder / f"{name}.json").exists():
+        files.write_json(folder / f"{name}.json", result.report)
+    return result
+
+
+def _mend(name: str) -> str:
+    return f"Leave the stage out, or check the teacher's weights and stages.{name}.tokens"
