@@ -296,12 +296,13 @@ def _figure(path: str | Path, width: float, height: float) -> Iterator[Any]:
         figure.savefig(path, format="png", metadata={"Software": None})
 
 
-def layer_scores(methods: Sequence[dict[str, Any]], path: str | Path) -> Path:
+def layer_scores(methods: Sequence[dict[str, Any]], path: str | Path, uniform: Sequence[int] = ()) -> Path:
     """Scores of every layer, one panel per selection method, with standard errors; chosen layers are filled.
 
     Args:
-        methods: scores files as `relinear select` writes them: `method`, `what`, `scores`, `stderr`, `chosen`.
+        methods: scores files as `relinear select` writes them: `method`, `scores`, `stderr`, `chosen`, `higher_is`.
         path: of the PNG.
+        uniform: layers that an even spread keeps, marked by grey bands.
 
     Raises:
         ValueError: no method.
@@ -320,6 +321,8 @@ def layer_scores(methods: Sequence[dict[str, Any]], path: str | Path) -> Path:
             values = [method["scores"][str(layer)] for layer in layers]
             errors = None if method["stderr"] is None else [method["stderr"][str(layer)] for layer in layers]
             colour = _COLOURS[(number + 1) % len(_COLOURS)]
+            for layer in uniform:
+                axes.axvspan(layer - 0.3, layer + 0.3, color="#efefef", linewidth=0, zorder=0)
             axes.errorbar(layers, values, yerr=errors, fmt="none", ecolor=colour, elinewidth=1.0, capsize=2)
             fill = [colour if layer in method["chosen"] else "white" for layer in layers]
             axes.scatter(layers, values, s=size**2, c=fill, edgecolors=colour, linewidths=1.1, zorder=3)

@@ -20,14 +20,18 @@ def text(result: dict[str, Any]) -> str:
     ]
     if result["agreement"]:
         parts.append(_agreement(result))
-    notes = [*result["notes"]]
-    for name, scores in methods.items():
-        notes += [f"{name}: {note}" for note in scores["notes"]]
-        if scores["close_call"]:
-            notes.append(f"{name}: {scores['close_call']}")
-    if notes:
-        parts.append("\n".join(dict.fromkeys(notes)))
+    parts.append("\n".join(_sentences(result)))
     return "\n\n".join(part for part in parts if part)
+
+
+def _sentences(result: dict[str, Any]) -> list[str]:
+    """What to know, each sentence once, with the methods that it is said of."""
+    said: dict[str, list[str]] = {note: [] for note in result["notes"]}
+    for name, scores in result["methods"].items():
+        close = [scores["close_call"]] if scores["close_call"] and scores["signal"] else []
+        for note in (*scores["notes"], *close):
+            said.setdefault(note, []).append(name)
+    return [f"{', '.join(names)}: {note}" if names else note for note, names in said.items()]
 
 
 def _methods(result: dict[str, Any]) -> str:

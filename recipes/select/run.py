@@ -220,7 +220,9 @@ def _score(
         "environment": checkpoint.environment(),
     }
     _write_scores(folder / "scores.json", result["methods"][decides], session.progress)
-    plots.layer_scores([result["methods"][scores.method] for scores in shown], folder / "scores.png")
+    drawn = [scores.method for scores in shown if scores.method not in BY_PLACE] or [decides]
+    uniform = found["uniform"].chosen(settings.keep)
+    plots.layer_scores([result["methods"][name] for name in drawn], folder / "scores.png", uniform)
     table = report.text(result)
     files.write_text(folder / "select.txt", table + "\n")
     files.write_json(folder / "select.json", files.finite(result))
@@ -358,10 +360,9 @@ def _run(
 
 def _combined(found: dict[str, Scores]) -> Scores:
     """The mean rank over what carries signal."""
-    parts = [found[name] for name in COMBINED if name in found and found[name].signal]
-    silent = [f"{name} is left out: {found[name].notes[0]}" for name in COMBINED if name in found and name not in
-              {part.method for part in parts}]  # fmt: skip
-    return simple.combined(parts, silent)
+    asked = [found[name] for name in COMBINED if name in found]
+    silent = [f"without {scores.method}, which says nothing here" for scores in asked if not scores.signal]
+    return simple.combined([scores for scores in asked if scores.signal], silent)
 
 
 def _written(folder: Path, scores: Scores, keep: int) -> Scores:
