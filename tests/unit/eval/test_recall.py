@@ -5,28 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from relinear.eval import recall as R
-
-
-def byte_tokenizer(words=()):
-    """Bytes, plus each word with its leading space as one token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
-    merges = []
-    for word in words:
-        left = "Ġ"
-        for letter in word:
-            if left + letter not in vocab:
-                vocab[left + letter] = len(vocab)
-                merges.append((left, letter))
-            left += letter
-    raw = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
 class Oracle(torch.nn.Module):
@@ -53,7 +34,7 @@ class Oracle(torch.nn.Module):
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def tokenizer(byte_tokenizer):
     return byte_tokenizer(R.KEYS + R.VALUES)
 
 
@@ -120,7 +101,7 @@ def test_an_oracle_scores_one_and_a_short_sighted_one_only_near(tokenizer):
     assert near["by_distance"]["40"]["accuracy"] == 0.0
 
 
-def test_words_of_several_tokens_need_every_token():
+def test_words_of_several_tokens_need_every_token(byte_tokenizer):
     tokenizer = byte_tokenizer()
     cases = R.make_cases(tokenizer, [R.RecallCell(4, 5)], 8)
     assert all(end - start == 5 for case in cases for start, end in case.answers)
