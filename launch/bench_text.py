@@ -1,4 +1,4 @@
-"""What `bench ops` and `bench decode` measured, as tables: one line per measurement, to read or to grep."""
+"""What `bench` measured, as tables: one line per measurement, to read or to grep."""
 
 from __future__ import annotations
 
@@ -49,6 +49,19 @@ def decode_text(result: dict[str, Any]) -> str:
                 f"{name}: made for {made_for} tokens; beyond, its time and bytes mean something, its words not"
             )
     return "\n".join([table(rows, ("model", "context", "ms/token", "cache")), *notes])
+
+
+def methods_text(result: dict[str, Any]) -> str:
+    """The result of `recipes.bench_methods_report.summary`: a table per teacher and group, and what follows from it."""
+    from ..recipes.bench_methods_report import COLUMNS, TITLES, rows
+
+    parts = []
+    for teacher, groups in result["teachers"].items():
+        for name, group in groups.items():
+            lines = [f"{teacher}: {TITLES[name]}", table(rows(group), COLUMNS), *group["said"]]
+            parts.append("\n".join(lines))
+    failed = [f"{entry['arm']}, seed {entry['seed']}: {entry['error']}" for entry in result["failed"]]
+    return "\n\n".join([*parts, *(["Failed\n" + "\n".join(failed)] if failed else [])])
 
 
 def _alone(row: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -20,14 +20,19 @@ from ..eval.speed import throughput
 from .teacher_config import locate
 
 
+def random_batch(vocab: int, batch: int, seq_len: int) -> Batch:
+    """Random tokens, one document per row, every position counted."""
+    ids = torch.randint(3, vocab, (batch, seq_len), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(seq_len).expand(batch, -1)
+    real = torch.ones(batch, seq_len, dtype=torch.bool)
+    return Batch(ids, positions, torch.zeros_like(ids), real, real)
+
+
 class _Random:
     """A data source of random tokens, one document per row: speed does not depend on what the text says."""
 
     def __init__(self, vocab: int, batch: int, seq_len: int) -> None:
-        ids = torch.randint(3, vocab, (batch, seq_len), generator=torch.Generator().manual_seed(0))
-        positions = torch.arange(seq_len).expand(batch, -1)
-        real = torch.ones(batch, seq_len, dtype=torch.bool)
-        self.batch = Batch(ids, positions, torch.zeros_like(ids), real, real)
+        self.batch = random_batch(vocab, batch, seq_len)
 
     def next_batch(self) -> Batch:
         """The same batch every time."""

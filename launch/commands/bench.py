@@ -1,23 +1,25 @@
-"""`bench`: speed, as ratios measured within one run, so that they mean something on a shared machine too."""
+"""`bench`: speed, as ratios within one run, which mean something on a shared machine too; and methods side by side."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ...distill.errors import RunFailed, UserError
 from ...recipes.units import parse_count
-from ..bench_text import decode_text, ops_text
-from ..output import data, data_json, only_talk, table, talk
-from .common import Json, examples
+from ..bench_text import decode_text, methods_text, ops_text
+from ..output import data, data_json, next_command, only_talk, table, talk
+from .common import Json, check_source, examples
 
 if TYPE_CHECKING:
     from ...recipes.bench_ops import Settings
 
 Threads = Annotated[int, typer.Option(min=1, help="Threads of torch; more than there are idle cores slow it down.")]
 app = typer.Typer(
-    help="Measure speed as ratios within one run.",
+    help="Measure speed as ratios within one run, and methods side by side.",
     no_args_is_help=True,
     rich_markup_mode=None,
     epilog=examples("relinear bench align embedded", then="relinear bench decode runs/quickstart/all-linear/export"),
@@ -47,6 +49,14 @@ def register(parent: typer.Typer) -> None:
             then="relinear eval DIR --against TEACHER --text FILE",
         )
     )(decode)
+    app.command(
+        epilog=examples(
+            "relinear bench methods FOLDER --text train.txt --valid valid.txt --jobs 2",
+            "relinear bench methods embedded --arms relinear,radlads --seeds 1 --tokens 50k",
+            "relinear bench methods --report --out docs/results/methods",
+            then="relinear run methods/radlads teacher.model=FOLDER data.source=FILE",
+        )
+    )(methods)
     parent.add_typer(app, name="bench")
 
 
@@ -181,6 +191,80 @@ def decode(
         data_json({"sources": names, "models": result})
     else:
         data(decode_text(result))
+
+
+def methods(
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="Folder, Hub id, or embedded.")] = "embedded",
+    arms: Annotated[
+        str | None, typer.Option(metavar="NAME,…", help="Procedures; all by default.", show_default=False)
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Training text; needed unless embedded.", show_default=False)
+    ] = None,
+    valid: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Held-out text; a twentieth of the text if left out.", show_default=False),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of every procedure.")] = 3,
+    tokens: Annotated[str, typer.Option(metavar="N", help="Tokens of each half of a procedure's training.")] = "300k",
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at a time, one thread each.")] = 1,
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder for results.")] = "runs/methods",
+    work: Annotated[str, typer.Option(metavar="DIR", help="Folder for runs under way.")] = "runs/methods-work",
+    keep_runs: Annotated[bool, typer.Option("--keep-runs", help="Leave finished runs, export included.")] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Look for every procedure's rates and batch, on one seed.")
+    ] = False,
+    report: Annotated[bool, typer.Option("--report", help="Run nothing: table, page and plots from results.")] = False,
+    json: Json = False,
+) -> None:
+    """Run published procedures side by side: tokens until a target, final KL, recall.
+
+    Every procedure is a recipe (relinear ls recipes: methods/NAME) and gets the same teacher, text, tokens, seeds and
+    measurement. What has its result in --out already is not run again; Ctrl-C stops, the same command goes on.
+    """
+    from ...recipes import bench_methods as bench
+    from ...recipes import bench_methods_report as reports
+
+    folder = Path(out)
+    status: dict[str, int] = {}
+    if not report:
+        grid = _grid(bench, teacher, arms, text, valid, tokens)(seeds, folder, Path(work), jobs, keep_runs)
+        with only_talk():
+            if tune:
+                bench.tune(grid, talk)
+                next_command("the same command without --tune")
+                return
+            status = bench.run_grid(grid, talk)
+    found = bench.results(folder)
+    if not found:
+        raise UserError(f"{out}: holds no results. Make some: relinear bench methods TEACHER --out {out}")
+    with only_talk():
+        summary = reports.write(folder, found, bench.read(folder / "tuned.json"))
+    if json:
+        data_json(summary)
+    else:
+        data(methods_text(summary))
+    talk(f"Page: {folder.with_name(folder.name + '.md')}; plots and results: {folder}")
+    if status.get("failed"):
+        raise RunFailed(f"{status['failed']} of {sum(status.values())} jobs failed; the others stand. See {out}")
+
+
+def _grid(
+    bench: Any, teacher: str, arms: str | None, text: str | None, valid: str | None, tokens: str
+) -> Callable[..., Any]:
+    """The grid, once its other settings are given; checked before any work."""
+    if teacher != "embedded" and text is None:
+        raise UserError(f"--text: required for {teacher}, as only the embedded teacher has a text of its own")
+    for option, source in (("--text", text), ("--valid", valid)):
+        if source is not None:
+            check_source(option, source)
+    try:
+        count = parse_count(tokens)
+    except ValueError as error:
+        raise UserError(f"--tokens: {error}. For example: --tokens 300k") from None
+    place = bench.Place(teacher, text, valid, 2 * count)
+    names = tuple(bench.chosen(arms))
+    return lambda seeds, out, work, jobs, keep: bench.Grid(place, names, seeds, out, work, jobs, keep)
 
 
 def _show(result: dict[str, Any], json: bool) -> None:

@@ -44,10 +44,11 @@ TORCH_FREE = {
     "recipes": True,
 }
 TORCH_BOUND = {
+    "recipes.calibration",
     *(f"recipes.select.{name}" for name in ("run", "evaluate", "forward", "attention", "guided")),
     *("recipes.runner", "recipes.session", "recipes.quickstart", "recipes.embedded.train"),
     *("recipes.bench", "recipes.bench_ops", "recipes.bench_cases", "recipes.bench_steps"),
-    *("recipes.bench_measure", "recipes.bench_baselines"),
+    *("recipes.bench_measure", "recipes.bench_baselines", "recipes.bench_methods_job"),
 }
 
 
