@@ -12,7 +12,7 @@ from .losses import ALIGN, align_loss
 from .precision import autocast, no_autocast
 from .stage import Group, Stage, StageSettings
 from .teacher import Teacher
-from .walk import Rotary, walk
+from .walk import Rotary, Visit, walk
 
 TRAIN = ("all", "new")
 """What may train: all of the mixers; what transfer did not take from attention (decays, feature maps, gates)."""
@@ -64,7 +64,7 @@ def align_stage(teacher: Teacher, mixers: dict[int, Mixer], settings: StageSetti
         step=lambda batch, total: align_step(teacher, mixers, batch, total, settings.loss, settings.precision),  # pyright: ignore[reportArgumentType]
         count=lambda batch: batch.tokens,
         frozen={f"teacher {key}": tensor for key, tensor in teacher.model.state_dict().items()}
-        | {key: tensor for key, tensor in module.named_parameters() if not tensor.requires_grad},
+        | {key: tensor for key, tensor in module.state_dict(keep_vars=True).items() if not tensor.requires_grad},
     )
 
 
@@ -96,18 +96,29 @@ def align_step(
     Returns:
         `layer N` for every mixer, and `loss`, their mean.
     """
-    device = batch.input_ids.device.type
     losses: dict[str, Tensor] = {}
+    visit = align_visit(mixers, losses, total, loss, precision, 1.0 if backward else None)
+    walk(teacher, mixers, batch, visit, precision)
+    return {"loss": torch.stack(list(losses.values())).mean(), **losses}
+
+
+def align_visit(
+    mixers: dict[int, Mixer], losses: dict[str, Tensor], total: int, loss: str, precision: str, weight: float | None
+) -> Visit:
+    """What is done at each layer: the mixer's forward, its loss put into `losses`, and backward of `weight` times it.
+
+    Arguments as for `align_step`; a weight of None only measures.
+    """
 
     def visit(layer: int, given: Tensor, rotary: Rotary, wanted: Tensor, inputs: MixerInputs) -> None:
-        with torch.set_grad_enabled(backward):
+        device = given.device.type
+        with torch.set_grad_enabled(weight is not None):
             with autocast(device, precision):
                 made, _ = mixers[layer](given, position_embeddings=rotary, mixer_inputs=inputs)
             with no_autocast(device):
                 value = align_loss(loss, made, wanted, inputs.padding, total)
-                if backward and value.requires_grad:  # a mixer without parameters has none
-                    value.backward()
+                if weight is not None and value.requires_grad:  # a mixer without parameters has none
+                    (weight * value).backward()
         losses[f"layer {layer}"] = value.detach()
 
-    walk(teacher, mixers, batch, visit, precision)
-    return {"loss": torch.stack(list(losses.values())).mean(), **losses}
+    return visit

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .align import align_visit
 from .data.batch import Batch
 from .errors import UserError
 from .losses import TERMS, logit_loss
 from .precision import autocast, no_autocast
 from .stage import Group, Stage, StageSettings
 from .teacher import Teacher
+from .walk import walk
 
 TRAIN = ("all", "no-ffn", "mixers+norms", "mixers")
 """What may train: everything; all but the feed-forward blocks; mixers and every norm; mixers."""
@@ -25,17 +27,18 @@ def glue_stage(teacher: Teacher, student: Any, settings: StageSettings, name: st
     Args:
         teacher: frozen. Not run where only `ce` has a weight.
         student: a RelinearForCausalLM; its parameters are made trainable or not here, and what trains fp32.
-        settings: `loss` holds weights of `kl`, `reverse_kl` and `ce`; `train` is one of `TRAIN`.
+        settings: `loss` holds weights of `kl`, `reverse_kl` and `ce`, and of `align` (see `glue_step`); `train` is one
+            of `TRAIN`.
         name: of the stage.
 
     Raises:
-        ValueError: unknown `train`, or a loss without weight.
+        ValueError: unknown `train`, or no weight on the logits.
         UserError: the output head is not a linear layer.
     """
     if settings.train not in TRAIN:
         raise ValueError(f"{name} cannot train {settings.train!r}. Available: {', '.join(TRAIN)}")
     weights = settings.loss
-    if not isinstance(weights, dict) or set(weights) - set(TERMS) or not any(w > 0 for w in weights.values()):
+    if not isinstance(weights, dict) or set(weights) - {*TERMS, "align"} or not any(weights.get(t, 0) for t in TERMS):
         raise ValueError(f"{name}.loss: expected positive weights of {', '.join(TERMS)}, found {weights!r}")
     for model in (teacher.model, student):
         _check_head(model)
@@ -61,12 +64,16 @@ def glue_step(
 ) -> dict[str, Tensor]:
     """Forward and backward of the student against the teacher.
 
+    With a weight of `align`, the teacher's forward is also an align step: each mixer runs on the teacher's layer input,
+    and that weight times its `relative` error goes backward too. So the mixers learn twice from every token, for
+    themselves and as parts of the model.
+
     Args:
         teacher: frozen.
         student: see `glue_stage`.
         batch: all of a batch or a part of it.
         total: counted targets of the whole batch.
-        weights: of the loss terms.
+        weights: of the loss terms; `align` is that of each layer.
         settings: for precision and temperature.
 
     Returns:
@@ -74,9 +81,14 @@ def glue_step(
     """
     device = batch.input_ids.device.type
     call = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
-    wanted = None
+    wanted, layers = None, {}
+    weight = weights.get("align", 0.0)
+    if weight:
+        mixers = student.mixers()
+        visit = align_visit(mixers, layers, total, "relative", settings.precision, weight)
+        wanted = walk(teacher, mixers, batch, visit, settings.precision, whole=True)
     with autocast(device, settings.precision):
-        if weights.get("kl") or weights.get("reverse_kl"):
+        if wanted is None and (weights.get("kl") or weights.get("reverse_kl")):
             with torch.no_grad():
                 wanted = teacher.backbone(**call).last_hidden_state
         made = student.base_model(**call).last_hidden_state
@@ -87,7 +99,7 @@ def glue_step(
             teacher.model.get_output_embeddings(),
             batch.input_ids,
             batch.targets,
-            weights,
+            {term: weights.get(term, 0.0) for term in TERMS},
             total=total,
             temperature=settings.temperature,
             scale=teacher.head.scale,
@@ -95,6 +107,9 @@ def glue_step(
         )
     with no_autocast(device):
         loss.backward()
+    if layers:
+        terms["align"] = torch.stack(list(layers.values())).sum()
+        loss = loss.detach() + weight * terms["align"]
     return {"loss": loss.detach(), **terms}
 
 

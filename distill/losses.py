@@ -26,12 +26,17 @@ def mse(student: Tensor, teacher: Tensor) -> Tensor:
     return (student.float() - teacher.float()).square().mean(-1)
 
 
+def relative(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference per token over the mean square of all that `teacher` holds. (…, D) -> (…)."""
+    return mse(student, teacher) / teacher.float().square().mean().clamp(min=1e-12)
+
+
 def cosine(student: Tensor, teacher: Tensor) -> Tensor:
     """One minus the cosine of the angle between the two, per token. (…, D) -> (…)."""
     return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)
 
 
-ALIGN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l2": l2, "mse": mse, "cosine": cosine}
+ALIGN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l2": l2, "mse": mse, "relative": relative, "cosine": cosine}
 
 
 def align_loss(name: str, student: Tensor, teacher: Tensor, mask: Tensor | None, total: int) -> Tensor:

@@ -23,7 +23,9 @@ class _LastLayerDone(Exception):
     """Leaves the teacher's forward: nothing above the highest layer is needed."""
 
 
-def walk(teacher: Teacher, layers: Iterable[int], batch: Batch, visit: Visit, precision: str = "fp32") -> None:
+def walk(
+    teacher: Teacher, layers: Iterable[int], batch: Batch, visit: Visit, precision: str = "fp32", whole: bool = False
+) -> Tensor | None:
     """One teacher forward without gradients, ended after the highest of `layers`; calls `visit` where it passes one.
 
     A visit may compute gradients of its own; what it leaves in `MixerInputs.shared` reaches the next one detached.
@@ -34,6 +36,10 @@ def walk(teacher: Teacher, layers: Iterable[int], batch: Batch, visit: Visit, pr
         batch: all of a batch or a part of it.
         visit: see `Visit`; input and rotary embedding are fp32 in fp32. Called inside autocast where that is on.
         precision: `fp32` or `bf16`.
+        whole: go on to the end.
+
+    Returns:
+        The last hidden state, (B, T, D), where `whole`.
     """
     mask = None if bool(batch.real.all()) else batch.real
     single = bool((batch.segments[:, 0] == batch.segments[:, -1]).all())
@@ -48,7 +54,7 @@ def walk(teacher: Teacher, layers: Iterable[int], batch: Batch, visit: Visit, pr
                 given, rotary = given.float(), None if rotary is None else tuple(r.float() for r in rotary)
             visit(layer, given, rotary, output[0] if isinstance(output, tuple) else output, inputs)
             inputs.shared = {key: tensor.detach() for key, tensor in inputs.shared.items()}
-            if layer == wanted[-1]:
+            if layer == wanted[-1] and not whole:
                 raise _LastLayerDone
 
         return hook
@@ -60,4 +66,6 @@ def walk(teacher: Teacher, layers: Iterable[int], batch: Batch, visit: Visit, pr
         stack.enter_context(torch.no_grad())
         stack.enter_context(autocast(batch.input_ids.device.type, precision))
         with suppress(_LastLayerDone):
-            teacher.backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+            call = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+            return teacher.backbone(**call).last_hidden_state
+    return None

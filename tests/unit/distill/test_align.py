@@ -257,7 +257,7 @@ def test_measuring_alone_leaves_no_gradient(
 def test_wrong_settings(teacher: Teacher, mixers_of: Callable[..., dict[int, Mixer]]) -> None:
     with pytest.raises(ValueError, match="at least one converted layer"):
         align_stage(teacher, {}, SETTINGS)
-    with pytest.raises(ValueError, match=r"align has no loss 'kl'\. Available: l2, mse, cosine"):
+    with pytest.raises(ValueError, match=r"align has no loss 'kl'\. Available: l2, mse, relative, cosine"):
         align_stage(teacher, mixers_of(teacher, [0]), StageSettings(tokens=1, loss="kl"))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from relinear.distill.align import align_step
 from relinear.distill.data.batch import Batch
 from relinear.distill.errors import RunFailed, UserError
 from relinear.distill.glue import glue_stage, glue_step
@@ -69,6 +70,36 @@ def test_equals_the_definition_whatever_the_head(
     for name, parameter in student.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("name", ["gated_deltanet", "rwkv7"])
+def test_align_beside_the_logits_is_an_align_step_and_a_glue_step(
+    teacher: Teacher, student_of: Callable[..., Any], batch_of: Callable[..., Batch], name: str
+) -> None:
+    student, batch, weight = student_of(teacher, [1, 3], name), batch_of(1), 3.0
+    stage = glue_stage(teacher, student, replace(SETTINGS, loss={"kl": 0.5, "align": weight}))
+    total = stage.count(batch)
+    metrics = stage.step(batch, total)
+    grads = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+    student.zero_grad()
+    apart = glue_step(teacher, student, batch, total, {"kl": 0.5}, SETTINGS)
+    layers = align_step(teacher, student.mixers(), batch, total, "relative", backward=False)
+    assert metrics["align"].item() == pytest.approx(2 * layers["loss"].item())
+    assert metrics["loss"].item() == pytest.approx((apart["loss"] + weight * metrics["align"]).item())
+    for mixer in student.mixers().values():
+        for parameter in mixer.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= weight
+    align_step(teacher, student.mixers(), batch, total, "relative")
+    for mixer in student.mixers().values():
+        for parameter in mixer.parameters():
+            if parameter.grad is not None:
+                parameter.grad *= weight
+    for key, parameter in student.named_parameters():
+        if key in grads:
+            torch.testing.assert_close(parameter.grad, grads[key], rtol=1e-4, atol=1e-7, msg=key)
+    with pytest.raises(ValueError, match=r"glue.loss: expected positive weights of kl, reverse_kl, ce"):
+        glue_stage(teacher, student, replace(SETTINGS, loss={"align": 1.0}))
 
 
 def test_kl_goes_down_in_twenty_steps(

@@ -226,7 +226,9 @@ def test_align_losses_against_their_definitions(name: str) -> None:
         square = sum((a - b) ** 2 for a, b in zip(s, t, strict=True))
         dot = sum(a * b for a, b in zip(s, t, strict=True))
         lengths = math.sqrt(sum(a * a for a in s)) * math.sqrt(sum(b * b for b in t))
-        total += {"l2": math.sqrt(square / 8), "mse": square / 8, "cosine": 1 - dot / lengths}[name]
+        power = teacher[mask].square().mean().item()
+        values = {"l2": math.sqrt(square / 8), "mse": square / 8, "relative": square / 8 / power}
+        total += {**values, "cosine": 1 - dot / lengths}[name]
     loss = losses.align_loss(name, student, teacher, mask, 7)
     assert loss.item() == pytest.approx(total / 7, rel=1e-5)
     loss.backward()
