@@ -26,11 +26,16 @@ GPUS: dict[str, tuple[float, int]] = {
     "L40S": (362, 48),
     "RTX4090": (165, 24),
 }
+PER_LAYER = ("matrix", "align")
+"""Stages on the teacher's layer inputs, one layer's graph at a time."""
+# What these tensors do comes before the mixing of tokens, or after it.
+_UNMIXED = ("v_proj", "o_proj", "g_proj", "out_norm", "ln_x", "v0", "v1", "v2", "g0", "g1", "g2")
 CACHE_LENGTHS = (4096, 32768, 131072)
 # Floats kept for a backward pass, per token, counted from the tensors that plain torch saves at widths 128 to 512: by
 # rwkv7 38 to 40 per inner channel (gated_deltanet 25 to 27), by the rest of a layer 5 per hidden and 4 per feed-forward
 # channel. Attention's 8 are q, k, v, their rotated copies and the output.
 _MIXER_FLOATS, _ATTENTION_FLOATS, _HIDDEN_FLOATS, _FFN_FLOATS = 40, 8, 5, 4
+_MATRICES = 16  # matrices (tokens x tokens) held at once per row and head, counted likewise: 8 to 21
 _LOGITS = 2**26  # logits of one model held at once, as `distill.losses.CHUNK_ELEMENTS` says of GPUs
 
 
@@ -47,6 +52,7 @@ class Counts:
         mixers: layer -> parameters of its mixer, for converted layers.
         qk_norms: of one attention layer's query and key norms, contained in `attention`.
         new: of all mixers, what transfer does not take from attention.
+        mixing: of all mixers, what their mixing matrices depend on.
     """
 
     embeddings: int
@@ -57,6 +63,7 @@ class Counts:
     mixers: dict[int, int]
     qk_norms: int
     new: int = 0
+    mixing: int = 0
 
     @property
     def teacher(self) -> int:
@@ -84,6 +91,8 @@ class Counts:
             return 0
         if train == "new":
             return self.new
+        if kind == "matrix":
+            return self.mixing
         if kind == "align" or train == "mixers":
             return self.all_mixers
         if train == "mixers+norms":
@@ -100,16 +109,18 @@ def count(teacher: TeacherConfig, layers: LayerMap) -> Counts:
     attention += (g.inner_size + 2 * g.kv_size) * g.qkv_bias + g.hidden_size * g.o_bias
     tables = 1 if values.get("tie_word_embeddings", False) else 2
     lowest = {name: min(layers.layers_of(name)) for name, _ in layers.converted.values()}
-    mixers, new = {}, 0
+    mixers, new, mixing = {}, 0, 0
     for layer, (name, options) in layers.converted.items():
         spec = registry.spec(name)
         first, position = layer == lowest[name], layer / max(1, depth - 1)
         rows = spec.tensors(teacher.geometry(layer), spec.options.parse(options), first=first, position=position)
         mixers[layer] = sum(row.numel for row in rows)
         new += sum(row.numel for row in rows if row.source == "new")
+        mixing += sum(row.numel for row in rows if row.name.split(".")[0] not in _UNMIXED)
     norms = (teacher.family.norms * depth + 1) * g.hidden_size * (2 if teacher.family.norm_bias else 1)
     ffn = sum(_ffn(teacher, layer)[0] for layer in range(depth))
-    return Counts(tables * values["vocab_size"] * g.hidden_size, attention, ffn, norms, depth, mixers, qk_norms, new)
+    embeddings = tables * values["vocab_size"] * g.hidden_size
+    return Counts(embeddings, attention, ffn, norms, depth, mixers, qk_norms, new, mixing)
 
 
 def _ffn(teacher: TeacherConfig, layer: int) -> tuple[int, int]:
@@ -153,6 +164,9 @@ def flops_per_token(teacher: TeacherConfig, layers: LayerMap, kind: str, seq_len
         spec = registry.spec(name)
         mixers += spec.flops_per_token(teacher.geometry(layer), spec.options.parse(options))
     body = sum(map(attention, held_tokens(teacher, seq_len))) + blocks
+    if kind == "matrix":  # the teacher's queries, keys and scores once more, and values as wide as the window
+        again = 2 * g.hidden_size * (g.inner_size + g.kv_size) + 2 * g.inner_size * seq_len
+        return body + 3 * mixers + len(layers.converted) * (again + 3 * 4 * g.inner_size * seq_len)
     if kind == "align":
         return body + 3 * mixers
     held = held_tokens(teacher, seq_len, layers.attention)
@@ -176,6 +190,7 @@ def memory(
     dtype: str,
     precision: str,
     needs_teacher: bool,
+    seq_len: int,
 ) -> dict[str, int]:
     """Estimated bytes of a training stage on one device, by use.
 
@@ -188,14 +203,17 @@ def memory(
         dtype: of the teacher's weights.
         precision: of the student's compute.
         needs_teacher: glue and extend: the loss has a KL part.
+        seq_len: window.
     """
     g, config = teacher.geometry(0), teacher.config
     size = 2 if precision == "bf16" else 4
     mixer = _MIXER_FLOATS * g.inner_size * tokens
     widths = [_ffn_width(teacher, layer) for layer in range(counts.layers)]
     rest = [(_HIDDEN_FLOATS * g.hidden_size + _FFN_FLOATS * width) * tokens for width in widths]
-    if kind == "align":  # one layer's graph at a time, beside one layer of the teacher
+    if kind in PER_LAYER:  # one layer's graph at a time, beside one layer of the teacher
         student, activations = counts.all_mixers, mixer + max(rest)
+        if kind == "matrix":
+            activations += _MATRICES * g.num_heads * seq_len * tokens * (4 // size)  # fp32 whatever the precision
     else:
         kept = counts.layers - len(counts.mixers)
         student = counts.student
@@ -203,7 +221,7 @@ def memory(
         # Both models' logits, their probabilities: fp32 whatever the precision.
         activations += 4 * min(tokens * config["vocab_size"], _LOGITS) * (4 // size)
     return {
-        "teacher": BYTES[dtype] * counts.teacher if kind == "align" or needs_teacher else 0,
+        "teacher": BYTES[dtype] * counts.teacher if kind in PER_LAYER or needs_teacher else 0,
         "student": 4 * student,
         "gradients": 4 * trained,
         "optimizer": 8 * trained,

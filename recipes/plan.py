@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..distill.errors import UserError
-from ..distill.family import check_geometry, lost
+from ..distill.family import check_geometry, check_matrix, lost
 from ..mixers import registry
 from . import costs
 from .costs import Counts
 from .layers import LayerMap, resolve
-from .schema import EMBEDDED, Recipe, TrainingStage
+from .schema import EMBEDDED, MatrixStage, Recipe, TrainingStage
 from .teacher_config import TeacherConfig, read_teacher_config
 from .units import format_bytes
 
@@ -262,6 +262,9 @@ def _stage(
 ) -> StagePlan:
     if not isinstance(stage, TrainingStage):
         return StagePlan(stage.kind, stage.name, stage.title, {}, 0, 0, {}, 0.0, 0.0)
+    if isinstance(stage, MatrixStage):
+        for layer, (name, values) in layers.converted.items():
+            check_matrix(registry.spec(name), registry.spec(name).options.parse(values), layer, stage.name)
     settings = stage_settings(recipe, stage, teacher.context)
     length = settings["seq_len"]
     key = "data.seq_len" if stage.seq_len is None else f"stages.{stage.name}.seq_len"
@@ -272,11 +275,19 @@ def _stage(
     if stage.warmup >= steps:
         notes.append(f"{stage.name}: warm-up takes {stage.warmup} of {steps} steps; lower stages.{stage.name}.warmup")
     loss = getattr(stage, "loss", None)
-    needs_teacher = stage.kind == "align" or bool(loss and not isinstance(loss, str) and loss.kl + loss.reverse_kl > 0)
+    needs_teacher = stage.kind in costs.PER_LAYER or bool(loss and not isinstance(loss, str) and loss.kl + loss.reverse_kl > 0)
     trained = counts.trained(stage.kind, getattr(stage, "train", ""))
     tokens = (settings["micro_batch"] or settings["batch"]) * length
     memory = costs.memory(
-        teacher, counts, stage.kind, trained, tokens, recipe.teacher.dtype, recipe.engine.precision, needs_teacher
+        teacher,
+        counts,
+        stage.kind,
+        trained,
+        tokens,
+        recipe.teacher.dtype,
+        recipe.engine.precision,
+        needs_teacher,
+        length,
     )
     flops = stage.tokens * costs.flops_per_token(teacher, layers, stage.kind, length, needs_teacher)
     hours = costs.gpu_hours(flops, gpu, mfu)

@@ -13,7 +13,7 @@ Path = tuple[str | int, ...]
 
 # Setting one on top of a parent recipe, or on the command line, removes the other one from below.
 ALTERNATIVES = (("layers", "keep", "convert"), ("data", "source", "mix"))
-ORDER = ("transfer", "calibrate", "align", "glue", "extend")
+ORDER = ("transfer", "calibrate", "matrix", "align", "glue", "extend")
 
 
 def check(raw: Any) -> list[tuple[Path, str]]:

@@ -13,10 +13,12 @@ import torch
 
 from ..distill import checkpoint, files, run_folder
 from ..distill.align import align_stage, align_step
+from ..distill.data.batch import Batch
 from ..distill.errors import UserError
 from ..distill.export import export
 from ..distill.glue import glue_stage
 from ..distill.loop import run_stage
+from ..distill.matrix import matrix_rows, matrix_stage, matrix_step
 from ..distill.stage import Callbacks, StageResult, StageSettings
 from ..distill.student import assemble, transfer
 from ..eval.fidelity import measure
@@ -24,7 +26,7 @@ from ..eval.plots import loss_curves
 from ..eval.tables import Row, to_json, to_text
 from . import loader
 from .plan import stage_settings
-from .schema import AlignStage, Recipe, TrainingStage, TransferStage
+from .schema import AlignStage, MatrixStage, Recipe, TrainingStage, TransferStage
 from .session import Progress, Session, Silent, eval_set, open_session
 
 FINAL_TOKENS = 200_000
@@ -102,9 +104,12 @@ def _carry_out(session: Session, stage: Any, start: Path | None, stopped: Callab
         _transfer(session, start)
         return True
     settings = StageSettings(**stage_settings(session.recipe, stage, session.teacher.context))
-    if isinstance(stage, AlignStage):
+    if isinstance(stage, MatrixStage):
+        made = matrix_stage(session.teacher, session.mixers, settings, stage.name)
+        evaluate = _layer_evaluation(session, settings, _matrix_losses)
+    elif isinstance(stage, AlignStage):
         made = align_stage(session.teacher, session.mixers, settings, stage.name)
-        evaluate = _align_evaluation(session, settings)
+        evaluate = _layer_evaluation(session, settings, _align_losses)
     else:
         if session.student is None:
             session.student = assemble(session.teacher, session.mixers, session.layers.attention)
@@ -139,7 +144,7 @@ def _carry_out(session: Session, stage: Any, start: Path | None, stopped: Callab
     session.results.append(result)
     if result.status != "complete":
         return False
-    if isinstance(stage, AlignStage):
+    if isinstance(stage, MatrixStage | AlignStage):
         _measure_assembled(session, stage.name)
     return True
 
@@ -228,8 +233,22 @@ def _assembled_fidelity(session: Session, seq_len: int | None = None) -> dict[st
     return measure(student, session.teacher.model, batches, device)
 
 
-def _align_evaluation(session: Session, settings: StageSettings) -> Callable[[], dict[str, Any]] | None:
-    """Held-out align losses per layer; `score` is their mean. With `eval.assembled` the student's fidelity too."""
+def _align_losses(session: Session, settings: StageSettings, batch: Batch) -> tuple[dict[str, torch.Tensor], int]:
+    """Sums of a batch's align losses, and over how many tokens."""
+    loss, precision = str(settings.loss), settings.precision
+    return align_step(session.teacher, session.mixers, batch, 1, loss, precision, backward=False), batch.tokens
+
+
+def _matrix_losses(session: Session, settings: StageSettings, batch: Batch) -> tuple[dict[str, torch.Tensor], int]:
+    """Sums of a batch's matrix losses, and over how many rows."""
+    precision = settings.precision
+    return matrix_step(session.teacher, session.mixers, batch, 1, precision, backward=False), matrix_rows(batch)
+
+
+def _layer_evaluation(
+    session: Session, settings: StageSettings, losses: Callable[..., tuple[dict[str, torch.Tensor], int]]
+) -> Callable[[], dict[str, Any]] | None:
+    """Held-out losses per layer; `score` is their mean. With `eval.assembled` the student's fidelity too."""
     if not len(session.corpus.valid):
         return None
     device = next(session.teacher.model.parameters()).device
@@ -238,11 +257,8 @@ def _align_evaluation(session: Session, settings: StageSettings) -> Callable[[],
         sums: dict[str, torch.Tensor] = {}
         total = 0
         for batch, _ in eval_set(session, session.recipe.eval.tokens, settings.seq_len):
-            moved = batch.to(device)
-            total += moved.tokens
-            made = align_step(
-                session.teacher, session.mixers, moved, 1, str(settings.loss), settings.precision, backward=False
-            )
+            made, counted = losses(session, settings, batch.to(device))
+            total += counted
             for name, value in made.items():
                 sums[name] = sums.get(name, torch.zeros(())) + value.cpu()
         values = {name: float(value) / total for name, value in sums.items()}

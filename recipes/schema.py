@@ -277,6 +277,16 @@ class TrainingStage(Stage):
         return self.lr / 100 if self.lr_final is None else self.lr_final
 
 
+class MatrixStage(TrainingStage):
+    """Each mixer learns to mix tokens as the attention does that it replaces. Trains no values, gates and outputs."""
+
+    kind = "matrix"
+    title = "trains what mixes tokens, each layer for itself"
+    schedule: Literal["cosine", "quarter_cosine", "linear", "constant", "wsd"] = Field(
+        default="cosine", description="way from lr to lr_final; constant never leaves lr, wsd falls in the last fifth"
+    )
+
+
 class AlignStage(TrainingStage):
     """Each mixer learns, on the teacher's layer input, to give the teacher's layer output. Trains the mixers alone."""
 
@@ -336,7 +346,7 @@ class ExtendStage(GlueStage):
     batch: int = Field(default=16, ge=1, description="sequences per optimizer step, over all ranks")
 
 
-STAGES: dict[str, type[Stage]] = {s.kind: s for s in (TransferStage, AlignStage, GlueStage, ExtendStage)}
+STAGES: dict[str, type[Stage]] = {s.kind: s for s in (TransferStage, MatrixStage, AlignStage, GlueStage, ExtendStage)}
 LATER_STAGES = ("calibrate",)  # in the grammar, not yet in the code
 
 
@@ -367,6 +377,7 @@ def _settings(kind: str) -> BeforeValidator:
 
 AnyStage = Annotated[
     Annotated[TransferStage, _settings("transfer"), Tag("transfer")]
+    | Annotated[MatrixStage, _settings("matrix"), Tag("matrix")]
     | Annotated[AlignStage, _settings("align"), Tag("align")]
     | Annotated[GlueStage, _settings("glue"), Tag("glue")]
     | Annotated[ExtendStage, _settings("extend"), Tag("extend")],
