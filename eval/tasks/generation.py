@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,8 +53,8 @@ def judge(tokenizer: Any, answer: Answer, ids: Sequence[int], said: Sequence[int
     right = [tokenizer.decode(list(option)).strip() for option in (ids, *answer.also)]
     if any(text.startswith(option) for option in right):
         return Score(True, 1.0)
-    options = [read_off(tokenizer, answer, option, list(said[: len(option)]))[1] for option in (ids, *answer.also)]
-    return Score(False, max(credit if credit < 1 else 0.0 for credit in options))
+    alone = replace(answer, also=())
+    return Score(False, max(read_off(tokenizer, alone, option, said)[1] for option in (ids, *answer.also)))
 
 
 def _longest(answer: Answer) -> int:

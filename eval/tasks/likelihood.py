@@ -144,13 +144,13 @@ def read_off(tokenizer: Any, answer: Answer, ids: Sequence[int], said: Sequence[
     Where another right answer begins alike and was said instead, the rest of it counts as right: reading with the
     answer given cannot tell (generation can).
     """
-    turned = (tuple(said[: n + 1]) for n in range(len(ids)) if list(said[:n]) == list(ids[:n]))
-    if any(start == other[: len(start)] for start in turned for other in answer.also):
-        return True, 1.0
-    matched = next((n for n, (x, y) in enumerate(zip(said, ids, strict=True)) if x != y), len(ids))
+    matched = next((n for n, (x, y) in enumerate(zip(said, ids, strict=False)) if x != y), min(len(said), len(ids)))
     if matched == len(ids):
         return True, 1.0
-    if not answer.number:
+    turned = tuple(said[: matched + 1])
+    if any(turned == other[: matched + 1] for other in answer.also):
+        return True, 1.0
+    if not answer.number or matched == len(said):
         return False, matched / len(ids)
     truth = tokenizer.decode(list(ids)).strip()
     guess = tokenizer.decode([*ids[:matched], said[matched]]).strip()
