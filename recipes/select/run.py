@@ -46,6 +46,8 @@ FORMAT = 1
 FEW = 8
 """Fewer documents than this, and their windows stand for them in standard errors."""
 
+NO_DOCUMENT = "no recall document fits this teacher's context or tokenizer"
+
 Method = Callable[[Evaluator], Scores]
 
 
@@ -184,22 +186,26 @@ def _score(
     began = time.monotonic()
     evaluator, notes = _evaluator(session, settings, folder)
     found: dict[str, Scores] = {}
+    hears, noise = recalls(evaluator)
     for name in ordered(settings.by):
         if stopped():
             return None
+        if name not in settings.by and METHODS[name].needs == "recall" and not hears:
+            notes.append(f"combined: without {name}: {noise}")
+            continue
         made = _method(name, evaluator, session, recipe, settings, found, stopped, folder)
         if made is None:
             return None
         if isinstance(made, str):
-            if name in settings.by and settings.by != ["combined"] and len(settings.by) == 1:
-                raise UserError(f"--by {name}: {made}")
+            if settings.by == [name]:
+                raise UserError(f"--by {name}: {made}. Choose another method, e.g. --by restore-kl")
             notes.append(f"{name} is left out: {made}")
             continue
         found[name] = made
     decides = next((name for name in settings.by if name in found), "uniform")
     shown = [found[name] for name in dict.fromkeys([decides, *settings.by, *found]) if name in found]
     session.progress.stage("what was chosen")
-    sets = _chosen_sets(evaluator, shown, settings.keep)
+    sets = _chosen_sets(evaluator, shown, settings.keep, hears)
     session.progress.done()
     result: dict[str, Any] = {
         "status": "complete",
@@ -272,6 +278,14 @@ def _evaluator(session: Session, settings: Settings, folder: Path) -> tuple[Eval
     return evaluator, notes
 
 
+def recalls(evaluator: Evaluator) -> tuple[bool, str]:
+    """Whether the teacher recalls more than guessing would, and otherwise a sentence."""
+    if not evaluator.recall_documents:
+        return False, NO_DOCUMENT
+    notes, signal = forward.recall_signal(evaluator.recall(()), evaluator.recall_documents)
+    return signal, " ".join(notes)
+
+
 def recall_documents(tokenizer: Any, context: int) -> list[Document]:
     """Documents of key-value recall and of needles that fit a context, the same for every teacher of one tokenizer."""
     cells = [RecallCell(pairs, distance) for pairs in PAIRS for distance in DISTANCES]
@@ -321,7 +335,7 @@ def _method(
     if name == "combined":
         return _written(folder, _combined(found), settings.keep)
     if METHODS[name].needs == "recall" and not evaluator.recall_documents:
-        return "no recall document fits this teacher's context or tokenizer"
+        return NO_DOCUMENT
     extra = {"greedy-kl": settings.keep, "kl-guided": settings.tokens_per_layer}.get(name)
     key = content_key(name, extra, evaluator.student_key, evaluator.text_key, evaluator.recall_key, FORMAT)
     path = folder / "cache" / f"{name}-{key}.json"
@@ -371,7 +385,7 @@ def _written(folder: Path, scores: Scores, keep: int) -> Scores:
     return scores
 
 
-def _chosen_sets(evaluator: Evaluator, shown: list[Scores], keep: int) -> list[dict[str, Any]]:
+def _chosen_sets(evaluator: Evaluator, shown: list[Scores], keep: int, hears: bool) -> list[dict[str, Any]]:
     """Every set that a method chose, with what the aligned student makes of it, against uniform's."""
     sets: dict[tuple[int, ...], list[str]] = {}
     for scores in shown:
@@ -386,7 +400,7 @@ def _chosen_sets(evaluator: Evaluator, shown: list[Scores], keep: int) -> list[d
         gap, gap_error = estimate(sums[:, KL] - reference[:, KL], sums[:, TOKENS])
         row = {"methods": names, "layers": list(layers), "kl": kl, "kl_stderr": error}
         row |= {"against_uniform": gap, "against_uniform_stderr": gap_error}
-        if any(METHODS[scores.method].needs == "recall" for scores in shown):
+        if hears and any(METHODS[scores.method].needs == "recall" for scores in shown):
             right = evaluator.recall(everything - set(layers))
             value, spread = estimate(right[:, 0], right[:, 1])
             row |= {"recall": value, "recall_stderr": spread}
