@@ -124,8 +124,8 @@ def phases(name: str) -> list[str]:
 def recipes(name: str, place: Place, seed: int, rates: Rates, kept: int | None, work: Path) -> list[Recipe]:
     """The recipes of an arm on a teacher, at the budget that all arms have.
 
-    Tokens are scaled so that all stages of all phases together see `place.tokens`; a warm-up is at most a tenth of
-    its stage.
+    Tokens are scaled so that all training stages of all phases together see `place.tokens`; a warm-up is at most a
+    tenth of its stage. Calibration keeps its tokens, which train nothing, where they are few beside the others.
 
     Args:
         name: of the arm.
@@ -158,6 +158,8 @@ def recipes(name: str, place: Place, seed: int, rates: Rates, kept: int | None, 
         for stage in recipe.stages:
             if isinstance(stage, TrainingStage):
                 changes += _scaled(stage, place.tokens / total, length, rates)
+            elif hasattr(stage, "tokens"):  # closed forms look at no more than a ninth beside the training
+                changes.append(f"stages.{stage.name}.tokens={min(stage.tokens, place.tokens // 9)}")  # pyright: ignore
         made.append(loader.load(f"methods/{phase}", changes))
     return made
 

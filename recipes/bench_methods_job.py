@@ -126,9 +126,10 @@ def _measured(job: Job, work: Path) -> dict[str, Any] | None:
         if result["status"] != "complete":
             return None
         start = Path(result["run"])
+        trained = {stage.name for stage in recipe.stages if isinstance(stage, TrainingStage)}
         if arms.shape(recipe).kept == shape.kept:  # a part that converts fewer layers is another student
-            curve += points(start, result, spent)
-        spent += result["tokens"]
+            curve += points(start, result, trained, spent)
+        spent += sum(stage["tokens"] for stage in result["stages"] if stage["name"] in trained)
         seconds += result["seconds"]
     if result["fidelity"] is None:
         raise RunFailed("no held-out text, so nothing was measured")
@@ -145,24 +146,23 @@ def _measured(job: Job, work: Path) -> dict[str, Any] | None:
     }
 
 
-def points(folder: Path, result: dict[str, Any], before: int = 0) -> list[dict[str, Any]]:
+def points(folder: Path, result: dict[str, Any], trained: set[str], before: int = 0) -> list[dict[str, Any]]:
     """A run's held-out fidelity as the training tokens grow.
 
     Args:
         folder: of the run.
         result: its result.json.
+        trained: its training stages; what others look at trains nothing and is not counted.
         before: tokens that earlier runs of the same arm saw.
 
     Returns:
         {"tokens", "stage", "ratio", "ratio_stderr", "kl", "kl_stderr"} in order of tokens; the first one is the
         student before any training.
     """
-    stages = result["stages"]
-    trained = {stage["name"] for stage in stages}
     untrained = [(name, value) for name, value in result["measured"].items() if name not in trained]
     found = [_point(before, name, value) for name, value in untrained[-1:]]
     lines = [line for line in files.read_metrics(folder / "metrics.jsonl") if "eval" in line]
-    for stage in stages:
+    for stage in [stage for stage in result["stages"] if stage["name"] in trained]:
         for line in lines:
             value = line["eval"].get("assembled", line["eval"])
             if line["stage"] == stage["name"] and value.get("kl") is not None:
