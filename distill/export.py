@@ -83,6 +83,7 @@ def _teacher(record: dict[str, Any]) -> Teacher:
 def _load_step(run: Path, record: dict[str, Any], step: str | int, teacher: Teacher) -> Any:
     """The student as a commit holds it."""
     from .align import align_module
+    from .lora import load_student
     from .student import assemble, transfer
 
     store = checkpoint.Checkpoints(run / "checkpoints")
@@ -104,7 +105,7 @@ def _load_step(run: Path, record: dict[str, Any], step: str | int, teacher: Teac
         checkpoint.load_module(module, commits[wanted].weights(), commits[wanted].path)
         return assemble(teacher, mixers)
     student = assemble(teacher, mixers, record.get("kept_attention"))
-    checkpoint.load_module(student, commits[wanted].weights(), commits[wanted].path)
+    load_student(student, commits[wanted])
     return student
 
 

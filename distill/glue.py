@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from .align import align_visit
 from .data.batch import Batch
 from .errors import UserError
+from .lora import add_adapters, is_adapter, merge_adapters, settings_of
 from .losses import TERMS, logit_loss
 from .precision import autocast, no_autocast
 from .stage import Group, Stage, StageSettings
 from .teacher import Teacher
 from .walk import walk
 
-TRAIN = ("all", "no-ffn", "mixers+norms", "mixers")
-"""What may train: everything; all but the feed-forward blocks; mixers and every norm; mixers."""
+TRAIN = ("all", "no-ffn", "mixers+norms", "mixers", "lora")
+"""What may train: everything; all but the feed-forward blocks; mixers and every norm; mixers; adapters alone."""
 
 
 def glue_stage(teacher: Teacher, student: Any, settings: StageSettings, name: str = "glue") -> Stage:
@@ -33,7 +34,8 @@ def glue_stage(teacher: Teacher, student: Any, settings: StageSettings, name: st
 
     Raises:
         ValueError: unknown `train`, or no weight on the logits.
-        UserError: the output head is not a linear layer.
+        UserError: the output head is not a linear layer, or a target of `lora` is not there.
+        MachineError: `lora` without peft.
     """
     if settings.train not in TRAIN:
         raise ValueError(f"{name} cannot train {settings.train!r}. Available: {', '.join(TRAIN)}")
@@ -42,6 +44,8 @@ def glue_stage(teacher: Teacher, student: Any, settings: StageSettings, name: st
         raise ValueError(f"{name}.loss: expected positive weights of {', '.join(TERMS)}, found {weights!r}")
     for model in (teacher.model, student):
         _check_head(model)
+    lora = settings.train == "lora"
+    tuner = add_adapters(student, settings_of(settings.lora), settings.seed, f"stages.{name}.lora") if lora else None
     groups = _choose(teacher, student, settings)
     trained = {id(p) for group in groups for p in group.parameters.values()}
     frozen = {f"teacher {key}": tensor for key, tensor in teacher.model.state_dict().items()}
@@ -55,6 +59,7 @@ def glue_stage(teacher: Teacher, student: Any, settings: StageSettings, name: st
         frozen=frozen,
         joint_clip=True,
         report=lambda: {"changed": changed_tensors(teacher, student)},
+        finish=lambda: None if tuner is None else merge_adapters(tuner),
         blame=lambda batch: first_bad_layer(teacher, student, batch),
     )
 
@@ -154,6 +159,8 @@ def _choose(teacher: Teacher, student: Any, settings: StageSettings) -> list[Gro
     mixers: dict[str, nn.Parameter] = {}
     rest: dict[str, nn.Parameter] = {}
     for name, parameter in student.named_parameters():
+        if settings.train == "lora" and not is_adapter(name):
+            continue
         if id(parameter) in in_mixers:
             mixers[name] = parameter
         elif _trains(name, settings.train, ffn):
@@ -169,7 +176,7 @@ def _trains(name: str, train: str, ffn: str) -> bool:
     """Whether a parameter outside the mixers trains; `ffn` is what the names of feed-forward blocks contain."""
     if train == "mixers+norms":
         return "norm" in name.rsplit(".", 2)[-2]
-    return train == "all" or (train == "no-ffn" and ffn not in name)
+    return train in ("all", "lora") or (train == "no-ffn" and ffn not in name)
 
 
 def _check_head(model: Any) -> None:

@@ -125,6 +125,8 @@ class _Run:
         """Take up a commit."""
         state = commit.state
         self._check_same(state, commit.path)
+        if commit.complete:
+            self.stage.finish()
         saved.load_module(self.stage.module, commit.weights(), commit.path)
         self.step, self.tokens, self.seconds = commit.step, state["tokens"], state["seconds"]
         self.best, self.metrics, self.before = state["best"], state["metrics"], state["fingerprints"]
@@ -178,6 +180,7 @@ class _Run:
         finally:
             self.stage.module.eval()
         unchanged = self._check_end()
+        self.stage.finish()
         result = self._result("complete", unchanged)
         self._commit(result)
         return dataclasses.replace(result, path=self.committed.path if self.committed else result.path)

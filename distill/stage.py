@@ -35,6 +35,7 @@ class StageSettings:
         loss: align: a key of `losses.ALIGN`; glue and extend: weights of `kl`, `reverse_kl`, `ce`.
         temperature: of the two KL terms.
         train: align: `all` of a mixer, or what is `new` in it; glue and extend: a key of `glue.TRAIN`.
+        lora: with `train: lora`, the fields of `lora.LoraSettings`; None for their defaults.
         seed: of every random number generator when the stage starts.
         log_every: steps between lines of metrics.jsonl.
         eval_every: tokens between evaluations; None evaluates at the end only.
@@ -59,6 +60,7 @@ class StageSettings:
     loss: str | dict[str, float] = "l2"
     temperature: float = 1.0
     train: str = "all"
+    lora: dict[str, Any] | None = None
     seed: int = 0
     log_every: int = 10
     eval_every: int | None = None
@@ -95,6 +97,8 @@ class Stage:
         frozen: every tensor that must come out of the stage as it went in.
         joint_clip: clip all groups by their common norm instead of each by its own.
         report: what else the result should say, called at the end.
+        finish: called once all has trained and been checked: gives `module` the form in which the next stage takes it,
+            and the last commit holds it.
         blame: where a batch's loss stopped being finite, in words; asked only after it did.
     """
 
@@ -106,6 +110,7 @@ class Stage:
     frozen: dict[str, Tensor] = field(default_factory=dict)
     joint_clip: bool = False
     report: Callable[[], dict[str, Any]] = dict
+    finish: Callable[[], None] = lambda: None
     blame: Callable[[Batch], str | None] = lambda batch: None
 
     @property

@@ -123,6 +123,35 @@ def count(teacher: TeacherConfig, layers: LayerMap) -> Counts:
     return Counts(embeddings, attention, ffn, norms, depth, mixers, qk_norms, new, mixing)
 
 
+def adapters(teacher: TeacherConfig, layers: LayerMap, rank: int, targets: list[str]) -> int:
+    """Parameters of adapters of that rank on those linear layers (attention's, mixers', a plain feed-forward block's).
+
+    Args:
+        teacher: geometry.
+        layers: what is converted.
+        rank: of the adapters.
+        targets: names such as `q_proj`, wherever they stand.
+    """
+    total, depth = 0, teacher.num_layers
+    for layer in range(depth):
+        g = teacher.geometry(layer)
+        shapes = {"q_proj": (g.inner_size, g.hidden_size), "o_proj": (g.hidden_size, g.inner_size)}
+        shapes |= dict.fromkeys(("k_proj", "v_proj"), (g.kv_size, g.hidden_size))
+        if teacher.family.fused:
+            both = {"blocks": ("qkv_proj", "o_proj"), "heads": ("query_key_value", "dense")}[teacher.family.fused]
+            shapes = {both[0]: (g.inner_size + 2 * g.kv_size, g.hidden_size), both[1]: shapes["o_proj"]}
+        if layer in layers.converted:
+            name, options = layers.converted[layer]
+            spec, first = registry.spec(name), layer == min(layers.layers_of(name))
+            rows = spec.tensors(g, spec.options.parse(options), first=first, position=layer / max(1, depth - 1))
+            shapes = {row.name.removesuffix(".weight"): row.shape for row in rows if row.name.endswith("proj.weight")}
+        if teacher.family.gated and teacher.family.experts(teacher.config, layer) is None:
+            wide, narrow = teacher.config["intermediate_size"], g.hidden_size
+            shapes |= {"gate_proj": (wide, narrow), "up_proj": (wide, narrow), "down_proj": (narrow, wide)}
+        total += sum(rank * sum(shapes[target]) for target in targets if target in shapes)
+    return total
+
+
 def _ffn(teacher: TeacherConfig, layer: int) -> tuple[int, int]:
     """Parameters of a layer's feed-forward block, and those of its matrices that one token is multiplied with."""
     hidden, matrices = teacher.config["hidden_size"], 3 if teacher.family.gated else 2
@@ -141,7 +170,9 @@ def _ffn_width(teacher: TeacherConfig, layer: int) -> int:
     return teacher.config["intermediate_size"] if experts is None else experts.active * experts.width
 
 
-def flops_per_token(teacher: TeacherConfig, layers: LayerMap, kind: str, seq_len: int, needs_teacher: bool) -> float:
+def flops_per_token(
+    teacher: TeacherConfig, layers: LayerMap, kind: str, seq_len: int, needs_teacher: bool, lora: bool = False
+) -> float:
     """FLOPs that a stage spends per token.
 
     Args:
@@ -150,6 +181,7 @@ def flops_per_token(teacher: TeacherConfig, layers: LayerMap, kind: str, seq_len
         kind: of the stage.
         seq_len: window; attention over it costs half its square, over a sliding window no more than that.
         needs_teacher: glue and extend: the loss has a KL part.
+        lora: adapters alone train: no weight has a gradient, so a backward pass costs as much as a forward pass.
     """
     g = teacher.geometry(0)
 
@@ -171,7 +203,7 @@ def flops_per_token(teacher: TeacherConfig, layers: LayerMap, kind: str, seq_len
         return body + 3 * mixers
     held = held_tokens(teacher, seq_len, layers.attention)
     student = sum(attention(held[layer]) for layer in layers.kept) + blocks + mixers + head
-    return 3 * student + (body + head if needs_teacher else 0)
+    return (2 if lora else 3) * student + (body + head if needs_teacher else 0)
 
 
 def held_tokens(teacher: TeacherConfig, length: int, changes: dict[str, Any] | None = None) -> list[int]:

@@ -14,7 +14,7 @@ from ..mixers import registry
 from . import costs
 from .costs import Counts
 from .layers import LayerMap, resolve
-from .schema import EMBEDDED, MatrixStage, Recipe, TrainingStage
+from .schema import EMBEDDED, GlueStage, LoraSection, MatrixStage, Recipe, TrainingStage
 from .teacher_config import TeacherConfig, read_teacher_config
 from .units import format_bytes
 
@@ -222,6 +222,8 @@ def stage_settings(recipe: Recipe, stage: TrainingStage, context: int) -> dict[s
     loss = getattr(stage, "loss", None)
     settings["loss"] = loss if isinstance(loss, str) or loss is None else loss.model_dump()
     settings |= {name: getattr(stage, name) for name in ("lr_mixers", "temperature", "train") if hasattr(stage, name)}
+    if isinstance(stage, GlueStage) and stage.train == "lora":
+        settings["lora"] = (stage.lora or LoraSection()).model_dump()
     return settings
 
 
@@ -277,6 +279,9 @@ def _stage(
     loss = getattr(stage, "loss", None)
     needs_teacher = stage.kind in costs.PER_LAYER or bool(loss and not isinstance(loss, str) and loss.kl + loss.reverse_kl > 0)
     trained = counts.trained(stage.kind, getattr(stage, "train", ""))
+    lora = settings.get("lora")
+    if lora is not None:
+        trained = costs.adapters(teacher, layers, lora["rank"], lora["targets"])
     tokens = (settings["micro_batch"] or settings["batch"]) * length
     memory = costs.memory(
         teacher,
@@ -289,7 +294,7 @@ def _stage(
         needs_teacher,
         length,
     )
-    flops = stage.tokens * costs.flops_per_token(teacher, layers, stage.kind, length, needs_teacher)
+    flops = stage.tokens * costs.flops_per_token(teacher, layers, stage.kind, length, needs_teacher, lora is not None)
     hours = costs.gpu_hours(flops, gpu, mfu)
     return StagePlan(stage.kind, stage.name, stage.title, settings, steps, trained, memory, flops, hours)
 

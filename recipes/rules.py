@@ -116,6 +116,8 @@ def _settings(settings: Any) -> list[tuple[str, str]]:
     batch, micro = settings.get("batch"), settings.get("micro_batch")
     if isinstance(batch, int) and isinstance(micro, int) and micro > 0 and batch % micro:
         found.append(("micro_batch", f"{micro} does not divide batch, which is {batch}"))
+    if _given(settings, "lora") and settings.get("train") != "lora":
+        found.append(("lora", "adapters train with train: lora only; write that too, or remove this"))
     lr, final = settings.get("lr"), settings.get("lr_final")
     if isinstance(lr, int | float) and isinstance(final, int | float) and final > lr:
         found.append(("lr_final", f"{final} is higher than lr, which is {lr}; learning rates fall"))

@@ -18,6 +18,7 @@ from ..distill.errors import UserError
 from ..distill.export import export
 from ..distill.glue import glue_stage
 from ..distill.loop import run_stage
+from ..distill.lora import load_student
 from ..distill.matrix import matrix_rows, matrix_stage, matrix_step
 from ..distill.stage import Callbacks, StageResult, StageSettings
 from ..distill.student import assemble, transfer
@@ -303,7 +304,7 @@ def _finish(session: Session) -> dict[str, Any]:
         session.student = assemble(session.teacher, session.mixers)
     elif last is not None and last.best_path is not None and last.best_path != last.path:
         store = {commit.path: commit for commit in checkpoint.Checkpoints(folder / "checkpoints").all(last.stage)}
-        checkpoint.load_module(session.student, store[last.best_path].weights(), last.best_path)
+        load_student(session.student, store[last.best_path])
     fidelity = None
     if len(session.corpus.valid):
         device = next(session.student.parameters()).device

@@ -317,6 +317,18 @@ class LossWeights(Section):
         return self
 
 
+class LoraSection(Section):
+    """Low-rank adapters W + alpha / rank B A on linear layers, merged into them at the end of the stage."""
+
+    rank: int = Field(default=8, ge=1, le=4096, description="rows of A")
+    alpha: float = Field(default=16.0, gt=0, description="see above")
+    targets: list[str] = Field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"],
+        min_length=1,
+        description="names of the linear layers that get one, in every decoder layer that has them",
+    )
+
+
 class GlueStage(TrainingStage):
     """The student as a whole learns the teacher's predictions."""
 
@@ -330,9 +342,12 @@ class GlueStage(TrainingStage):
         default_factory=lambda: LossWeights(kl=1.0), description="weights of kl, reverse_kl and ce"
     )
     temperature: float = Field(default=1.0, gt=0, le=100, description="of the two KL terms")
-    train: Literal["all", "no-ffn", "mixers+norms", "mixers"] = Field(
-        default="all", description="what learns; the published runs found a frozen feed-forward part worse"
+    train: Literal["all", "no-ffn", "mixers+norms", "mixers", "lora"] = Field(
+        default="all",
+        description="what learns; the published runs found a frozen feed-forward part worse; lora: adapters alone, "
+        "needs the extra relinear[lora]",
     )
+    lora: LoraSection | None = Field(default=None, description="with train: lora, the adapters; its defaults if null")
 
 
 class ExtendStage(GlueStage):

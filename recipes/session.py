@@ -15,6 +15,7 @@ from ..distill import checkpoint, run_folder
 from ..distill.data.corpus import Corpus, open_corpus
 from ..distill.data.windows import eval_batches
 from ..distill.errors import MachineError, UserError
+from ..distill.lora import require_peft
 from ..distill.stage import StageResult
 from ..distill.teacher import Teacher, load_teacher
 from . import loader
@@ -100,6 +101,9 @@ def open_session(
             "publish.repo: pushing to the Hub is not available in this version; write publish.repo=null and upload "
             "the export folder with `hf upload`"
         )
+    for stage in recipe.stages:
+        if getattr(stage, "train", None) == "lora":
+            require_peft(f"stages.{stage.name}.train")
     if recipe.engine.threads is not None:
         torch.set_num_threads(recipe.engine.threads)
     device = _device(recipe.engine.device)
