@@ -13,7 +13,18 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from ..mixers import registry
-from .schema import STAGES, AttentionSection, LossWeights, OverrideSection, Recipe, Section, Stage, TrainingStage, Words
+from .schema import (
+    STAGES,
+    AttentionSection,
+    LoraSection,
+    LossWeights,
+    OverrideSection,
+    Recipe,
+    Section,
+    Stage,
+    TrainingStage,
+    Words,
+)
 
 _HEADER = ["| key | value | default | meaning |", "|---|---|---|---|"]
 
@@ -103,7 +114,7 @@ names.
 _STAGES = """\
 ## stages
 
-A list, carried out in order: `transfer` first, then `align`, `glue`, `extend`. Each item is one key with its
+A list, carried out in order: `transfer` first, then `matrix`, `align`, `glue`, `extend`. Each item is one key with its
 settings. Names must differ, so a second `glue` needs one: `- glue: {name: polish, tokens: 1M}`. `calibrate`
 belongs to the format, but this version refuses it.
 """
@@ -167,6 +178,7 @@ def _stages() -> str:
         )
         if kind == "glue":
             parts.append(_table("loss of glue and extend", LossWeights, list(LossWeights.model_fields)))
+            parts.append(_table("lora of glue and extend", LoraSection, list(LoraSection.model_fields)))
         if kind == "extend":
             parts.append("All other keys are those of `glue`.\n")
     return "\n".join(parts)
