@@ -118,7 +118,7 @@ def run_calibrate(
             return StageResult(name, "stopped", 0, 0, time.perf_counter() - start, {}, None, [], {}, store.folder)
         try:
             rows[str(layer)] = _one_layer(teacher, mixers, layer, fit, held, settings)
-        except (ValueError, torch.linalg.LinAlgError) as error:
+        except (ValueError, RuntimeError) as error:  # torch's solvers raise RuntimeErrors
             raise RunFailed(f"{name}: layer {layer} ({mixers[layer].spec.name}): {error}. {_mend(name)}") from error
         done = sum(one.tokens for one in fit) * number // len(wanted)
         callbacks.progress({"stage": name, "step": number, "tokens": done, "loss": rows[str(layer)]["calibrated"]})

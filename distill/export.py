@@ -100,7 +100,7 @@ def _load_step(run: Path, record: dict[str, Any], step: str | int, teacher: Teac
     plan = {int(layer): (name, options) for layer, (name, options) in record["layers"].items()}
     mixers, _ = transfer(teacher, plan)
     kinds = dict(record["stages"])
-    if kinds[newest.stage] in ("matrix", "align"):
+    if kinds[newest.stage] in ("calibrate", "matrix", "align"):
         module = align_module(mixers)
         checkpoint.load_module(module, commits[wanted].weights(), commits[wanted].path)
         return assemble(teacher, mixers)

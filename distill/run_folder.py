@@ -4,6 +4,7 @@ FOLDER/run.json            which run this is: recipe, teacher, layers, versions
 FOLDER/recipe.yaml         the resolved recipe
 FOLDER/metrics.jsonl       every stage's metrics
 FOLDER/transfer.json       where every parameter of every mixer came from
+FOLDER/calibrate.json      what calibrate found and did in every layer; calibrate.png shows it
 FOLDER/checkpoints/        commits, `STAGE-STEP`
 FOLDER/export/             the converted model
 FOLDER/result.json         what came out

@@ -237,6 +237,45 @@ def fidelity_bars(rows: Sequence[Row], path: str | Path) -> Path:
     return Path(path)
 
 
+def calibration_errors(rows: dict[str, dict[str, Any]], path: str | Path) -> Path:
+    """Two panels by layer: the error of the layers' outputs at every state, and how far back each head looks.
+
+    Args:
+        rows: layer -> `random`, `transfer`, `calibrated`, `aligned` (None where not measured) and `distance`, one mean
+            number of tokens per head: calibrate.json's `layers`.
+        path: of the PNG.
+
+    Raises:
+        ValueError: no layer.
+    """
+    if not rows:
+        raise ValueError("nothing to draw: no layer was calibrated")
+    layers = [int(layer) for layer in rows]
+    with _figure(path, 8.6, 3.6) as figure:
+        errors, distances = figure.subplots(1, 2, width_ratios=(3, 2))
+        for number, kind in enumerate(("random", "transfer", "calibrated", "aligned")):
+            known = [
+                (layer, row[kind]) for layer, row in zip(layers, rows.values(), strict=True) if row[kind] is not None
+            ]
+            if known:
+                errors.plot(*zip(*known, strict=True), label=kind, **_look(number))
+        errors.set_ylim(bottom=0)
+        errors.set_ylabel("error of the output, relative to its norm")
+        errors.set_title("layer outputs on held-out tokens")
+        _legend(figure, errors)
+        for layer, row in zip(layers, rows.values(), strict=True):
+            at = [max(distance, 0.1) for distance in row["distance"]]
+            distances.plot([layer] * len(at), at, "o", color=_COLOURS[2], alpha=0.6, markersize=4)
+        distances.set_yscale("log")
+        _plain_log_ticks(distances)
+        distances.set_ylabel("mean distance (tokens)")
+        distances.set_title("what each head looks at")
+        for axes in (errors, distances):
+            axes.set_xlabel("layer")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+    return Path(path)
+
+
 def _scaled(value: tuple[float, float | None] | None, factor: float, shift: float) -> tuple[float, float | None]:
     if value is None:
         return math.nan, None

@@ -35,6 +35,7 @@ CACHE_LENGTHS = (4096, 32768, 131072)
 # rwkv7 38 to 40 per inner channel (gated_deltanet 25 to 27), by the rest of a layer 5 per hidden and 4 per feed-forward
 # channel. Attention's 8 are q, k, v, their rotated copies and the output.
 _MIXER_FLOATS, _ATTENTION_FLOATS, _HIDDEN_FLOATS, _FFN_FLOATS = 40, 8, 5, 4
+_CANDIDATES = 40 * 4096  # knobs' values tried by calibrate in a layer, times the tokens that they are tried on
 _MATRICES = 16  # matrices (tokens x tokens) held at once per row and head, counted likewise: 8 to 21
 _LOGITS = 2**26  # logits of one model held at once, as `distill.losses.CHUNK_ELEMENTS` says of GPUs
 
@@ -259,6 +260,44 @@ def memory(
         "optimizer": 8 * trained,
         "activations": size * activations,
     }
+
+
+def calibrate_memory(
+    teacher: TeacherConfig, layers: LayerMap, counts: Counts, tokens: int, dtype: str
+) -> dict[str, int]:
+    """Estimated bytes of the calibrate stage on one device: one layer's samples and Gram matrices at a time.
+
+    Args:
+        teacher: geometry.
+        layers: what is converted.
+        counts: parameters.
+        tokens: that are fitted; an eighth as many are held out.
+        dtype: of the teacher's weights.
+    """
+    g = teacher.geometry(0)
+    lowest = min(layers.converted, default=0)
+    shared = g.inner_size if len(layers.converted) > 1 and layers.converted[lowest][0] == "rwkv7" else 0
+    return {
+        "teacher": BYTES[dtype] * counts.teacher,
+        "student": 4 * counts.all_mixers,
+        # Features x features and features x outputs of the fitted and of the held-out tokens, and a factor: fp64.
+        "gram": 8 * (3 * g.inner_size**2 + 3 * g.inner_size * g.hidden_size),
+        # Layer input, wanted output, cos and sin, fp32; held-out tokens on both models' streams.
+        "activations": 4 * (tokens + 2 * tokens // 8) * (2 * g.hidden_size + 2 * g.head_dim + shared),
+    }
+
+
+def calibrate_flops(teacher: TeacherConfig, layers: LayerMap, tokens: int, seq_len: int, student: bool) -> float:
+    """FLOPs of the calibrate stage: for every layer the teacher up to there, and the student; then its candidates."""
+    g, passes = teacher.geometry(0), 2 if student else 1
+    per_layer = flops_per_token(teacher, layers, "align", seq_len, True) / teacher.num_layers
+    total = 0.0
+    for layer, (name, options) in layers.converted.items():
+        spec = registry.spec(name)
+        mixer = spec.flops_per_token(teacher.geometry(layer), spec.options.parse(options))
+        fits = mixer + 2 * g.inner_size * (g.inner_size + g.hidden_size)
+        total += tokens * 9 / 8 * (passes * (layer + 1) * per_layer + 3 * fits) + _CANDIDATES * mixer
+    return total
 
 
 def gpu_hours(flops: float, gpu: str, mfu: float) -> float:

@@ -14,7 +14,7 @@ from ..mixers import registry
 from . import costs
 from .costs import Counts
 from .layers import LayerMap, resolve
-from .schema import EMBEDDED, GlueStage, LoraSection, MatrixStage, Recipe, TrainingStage
+from .schema import EMBEDDED, CalibrateStage, GlueStage, LoraSection, MatrixStage, Recipe, TrainingStage
 from .teacher_config import TeacherConfig, read_teacher_config
 from .units import format_bytes
 
@@ -72,7 +72,7 @@ class StagePlan:
     @property
     def sequences(self) -> int:
         """Sequences of one forward pass."""
-        return self.settings["micro_batch"] or self.settings["batch"] if self.settings else 0
+        return self.settings.get("micro_batch") or self.settings["batch"] if self.settings else 0
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,16 @@ def stage_settings(recipe: Recipe, stage: TrainingStage, context: int) -> dict[s
     return settings
 
 
+def calibrate_settings(recipe: Recipe, stage: CalibrateStage, context: int) -> dict[str, Any]:
+    """A calibrate stage with everything filled in: the arguments of `distill.calibrate.CalibrateSettings`."""
+    asked = recipe.data.seq_len if stage.seq_len is None else stage.seq_len
+    return {
+        **{name: getattr(stage, name) for name in ("tokens", "batch", "method", "inputs", "ridge")},
+        "seq_len": window(asked, context)[0],
+        "seed": recipe.seed if stage.seed is None else stage.seed,
+    }
+
+
 def tensor_tables(teacher: TeacherConfig, layers: LayerMap) -> list[TensorTable]:
     """Where every tensor of every mixer comes from; layers with the same tensors share a table."""
     last = max(1, teacher.num_layers - 1)
@@ -262,6 +272,13 @@ def _stage(
     mfu: float,
     notes: list,
 ) -> StagePlan:
+    if isinstance(stage, CalibrateStage):
+        settings = calibrate_settings(recipe, stage, teacher.context)
+        parts = math.ceil(stage.tokens / (stage.batch * settings["seq_len"]))
+        memory = costs.calibrate_memory(teacher, layers, counts, stage.tokens, recipe.teacher.dtype)
+        flops = costs.calibrate_flops(teacher, layers, stage.tokens, settings["seq_len"], stage.inputs == "student")
+        hours = costs.gpu_hours(flops, gpu, mfu)
+        return StagePlan(stage.kind, stage.name, stage.title, settings, parts, 0, memory, flops, hours)
     if not isinstance(stage, TrainingStage):
         return StagePlan(stage.kind, stage.name, stage.title, {}, 0, 0, {}, 0.0, 0.0)
     if isinstance(stage, MatrixStage):
@@ -277,7 +294,9 @@ def _stage(
     if stage.warmup >= steps:
         notes.append(f"{stage.name}: warm-up takes {stage.warmup} of {steps} steps; lower stages.{stage.name}.warmup")
     loss = getattr(stage, "loss", None)
-    needs_teacher = stage.kind in costs.PER_LAYER or bool(loss and not isinstance(loss, str) and loss.kl + loss.reverse_kl > 0)
+    needs_teacher = stage.kind in costs.PER_LAYER or bool(
+        loss and not isinstance(loss, str) and loss.kl + loss.reverse_kl + loss.align > 0
+    )
     trained = counts.trained(stage.kind, getattr(stage, "train", ""))
     lora = settings.get("lora")
     if lora is not None:

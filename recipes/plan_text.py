@@ -89,7 +89,7 @@ def _figures(stage: StagePlan) -> list[str]:
         return ["nothing", *["-"] * 7]
     settings = stage.settings
     return [
-        format_count(stage.trained),
+        format_count(stage.trained) if stage.kind != "calibrate" else "fitted",
         format_count(settings["tokens"]),
         str(settings["seq_len"]),
         str(settings["batch"]),

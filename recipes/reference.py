@@ -114,9 +114,8 @@ names.
 _STAGES = """\
 ## stages
 
-A list, carried out in order: `transfer` first, then `matrix`, `align`, `glue`, `extend`. Each item is one key with its
-settings. Names must differ, so a second `glue` needs one: `- glue: {name: polish, tokens: 1M}`. `calibrate`
-belongs to the format, but this version refuses it.
+A list, carried out in order: `transfer` first, then `calibrate`, `matrix`, `align`, `glue`, `extend`. Each item is one
+key with its settings. Names must differ, so a second `glue` needs one: `- glue: {name: polish, tokens: 1M}`.
 """
 
 

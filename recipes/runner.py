@@ -6,6 +6,7 @@ import json
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from ..distill import checkpoint, files, run_folder
 from ..distill.align import align_stage, align_step
 from ..distill.data.batch import Batch
+from ..distill.data.source import Source
 from ..distill.errors import UserError
 from ..distill.export import export
 from ..distill.glue import glue_stage
@@ -26,8 +28,9 @@ from ..eval.fidelity import measure
 from ..eval.plots import loss_curves
 from ..eval.tables import Row, to_json, to_text
 from . import loader
+from .calibration import calibrate, fill_aligned
 from .plan import stage_settings
-from .schema import AlignStage, MatrixStage, Recipe, TrainingStage, TransferStage
+from .schema import AlignStage, CalibrateStage, MatrixStage, Recipe, Stage, TransferStage
 from .session import Progress, Session, Silent, eval_set, open_session
 
 FINAL_TOKENS = 200_000
@@ -104,6 +107,8 @@ def _carry_out(session: Session, stage: Any, start: Path | None, stopped: Callab
     if isinstance(stage, TransferStage):
         _transfer(session, start)
         return True
+    if isinstance(stage, CalibrateStage):
+        return _calibrate(session, stage, stopped)
     settings = StageSettings(**stage_settings(session.recipe, stage, session.teacher.context))
     if isinstance(stage, MatrixStage):
         made = matrix_stage(session.teacher, session.mixers, settings, stage.name)
@@ -116,14 +121,7 @@ def _carry_out(session: Session, stage: Any, start: Path | None, stopped: Callab
             session.student = assemble(session.teacher, session.mixers, session.layers.attention)
         made = glue_stage(session.teacher, session.student, settings, stage.name)
         evaluate = _glue_evaluation(session, settings)
-    source = session.corpus.train(
-        seq_len=settings.seq_len,
-        batch=settings.batch,
-        # Each stage reads in its own order: the same first documents twice would count for more than others.
-        seed=_data_seed(session.recipe, stage),
-        pack=session.recipe.data.pack,
-        shuffle_buffer=session.recipe.data.shuffle_buffer,
-    )
+    source = _source(session, stage, settings.seq_len, settings.batch)
     newest = checkpoint.Checkpoints(session.folder / "checkpoints").newest(stage.name) if session.resume else None
     session.progress.stage(stage.name, settings.tokens, newest.state["tokens"] if newest else 0)
     result = run_stage(
@@ -147,7 +145,32 @@ def _carry_out(session: Session, stage: Any, start: Path | None, stopped: Callab
         return False
     if isinstance(stage, MatrixStage | AlignStage):
         _measure_assembled(session, stage.name)
+    if isinstance(stage, AlignStage):
+        fill_aligned(session, stage, partial(_source, session))
     return True
+
+
+def _calibrate(session: Session, stage: CalibrateStage, stopped: Callable[[], bool]) -> bool:
+    result = calibrate(session, stage, partial(_source, session), stopped)
+    if result is None:
+        return True
+    session.results.append(result)
+    if result.status != "complete":
+        return False
+    _measure_assembled(session, stage.name)
+    return True
+
+
+def _source(session: Session, stage: Any, seq_len: int, batch: int) -> Source:
+    """A stage's batches, from the first one on."""
+    return session.corpus.train(
+        seq_len=seq_len,
+        batch=batch,
+        # Each stage reads in its own order: the same first documents twice would count for more than others.
+        seed=_data_seed(session.recipe, stage),
+        pack=session.recipe.data.pack,
+        shuffle_buffer=session.recipe.data.shuffle_buffer,
+    )
 
 
 def _tell(session: Session, record: dict[str, Any]) -> None:
@@ -155,7 +178,7 @@ def _tell(session: Session, record: dict[str, Any]) -> None:
     session.track(record)
 
 
-def _data_seed(recipe: Recipe, stage: TrainingStage) -> int:
+def _data_seed(recipe: Recipe, stage: Stage) -> int:
     base = recipe.seed if recipe.data.seed is None else recipe.data.seed
     return base * 1009 + [s.name for s in recipe.stages].index(stage.name)
 
@@ -203,6 +226,7 @@ def _take_mixers(session: Session, start: Path, report: dict[str, Any]) -> dict[
         own = mixer.state_dict()
         found = {key: weights[prefix + key] for key in own if prefix + key in weights}
         mixer.load_state_dict(found, strict=False)
+        session.taken.add(layer)
         report[str(layer)] = {"from": str(commit.path), "transferred": sorted(own.keys() - found.keys())}
     session.progress.note(f"start: mixers loaded from {commit.path}")
     return report
@@ -326,7 +350,7 @@ def _finish(session: Session) -> dict[str, Any]:
     rows = result_rows(session, fidelity)
     text = to_text(rows) if rows else f"{folder}: complete (no held-out text, so nothing was measured)"
     result["rows"] = to_json(rows)
-    if session.results:
+    if any(r.metrics for r in session.results):
         loss_curves(folder / "metrics.jsonl", folder / "loss.png")
     export(
         folder,
@@ -361,7 +385,7 @@ def _stage_summary(result: StageResult) -> dict[str, Any]:
         "losses": result.metrics.get("losses"),
         "best": result.best,
         "unchanged": result.unchanged,
-        **{key: value for key, value in result.report.items() if key != "changed"},
+        **{key: value for key, value in result.report.items() if key not in ("changed", "layers")},
         **({"changed_teacher_tensors": result.report["changed"]} if "changed" in result.report else {}),
     }
 

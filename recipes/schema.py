@@ -249,6 +249,33 @@ class TransferStage(Stage):
     title = "no data, trains nothing"
 
 
+class CalibrateStage(Stage):
+    """Set decays, strengths and output projections in closed form from a few teacher batches. No gradient step."""
+
+    kind = "calibrate"
+    title = "closed form, no gradient step"
+    tokens: Count = Field(default=64_000, ge=1, description="tokens that are fitted; an eighth as many are held out")
+    batch: int = Field(default=8, ge=1, description="sequences per forward pass")
+    seq_len: Length | None = Field(default=None, description="window in tokens; data.seq_len if null")
+    method: Literal["full", "taylor"] = Field(
+        default="full",
+        description="full: decays and strengths by a grid, output projection by least squares; taylor: decays, write "
+        "strength and a scale per head as published (Taylor-Calibrate)",
+    )
+    inputs: Literal["student", "teacher"] = Field(
+        default="student",
+        description="what a layer is fitted on: what the calibrated layers below it make of the text, or the teacher's "
+        "own layer inputs",
+    )
+    ridge: float | None = Field(
+        default=None,
+        gt=0,
+        le=10,
+        description="relative damping of the output projection; held-out tokens choose if null",
+    )
+    seed: Seed | None = Field(default=None, description="of this stage; the recipe's seed if null")
+
+
 class TrainingStage(Stage):
     """What every training stage can set."""
 
@@ -295,8 +322,10 @@ class AlignStage(TrainingStage):
     schedule: Literal["cosine", "quarter_cosine", "linear", "constant", "wsd"] = Field(
         default="cosine", description="way from lr to lr_final; constant never leaves lr, wsd falls in the last fifth"
     )
-    loss: Literal["l2", "mse", "cosine"] = Field(
-        default="l2", description="distance of the outputs: l2 is the norm itself, not squared (RADLADS)"
+    loss: Literal["l2", "mse", "relative", "cosine"] = Field(
+        default="l2",
+        description="distance of the outputs: l2 is the norm itself, not squared (RADLADS); relative is mse over the "
+        "output's mean square",
     )
     train: Literal["all", "new"] = Field(
         default="all", description="what learns: all of the mixers, or only what attention did not have (LoLCATs)"
@@ -304,11 +333,14 @@ class AlignStage(TrainingStage):
 
 
 class LossWeights(Section):
-    """Weights of the parts of an end-to-end loss; at least one is above 0."""
+    """Weights of the parts of an end-to-end loss; at least one of the first three is above 0."""
 
     kl: float = Field(default=0.0, ge=0, description="forward KL(teacher || student)")
     reverse_kl: float = Field(default=0.0, ge=0, description="reverse KL(student || teacher)")
     ce: float = Field(default=0.0, ge=0, description="cross-entropy on the text itself")
+    align: float = Field(
+        default=0.0, ge=0, description="of each mixer's relative error on the teacher's layer input, as in align"
+    )
 
     @model_validator(mode="after")
     def _some(self) -> LossWeights:
@@ -361,8 +393,9 @@ class ExtendStage(GlueStage):
     batch: int = Field(default=16, ge=1, description="sequences per optimizer step, over all ranks")
 
 
-STAGES: dict[str, type[Stage]] = {s.kind: s for s in (TransferStage, MatrixStage, AlignStage, GlueStage, ExtendStage)}
-LATER_STAGES = ("calibrate",)  # in the grammar, not yet in the code
+STAGES: dict[str, type[Stage]] = {
+    s.kind: s for s in (TransferStage, CalibrateStage, MatrixStage, AlignStage, GlueStage, ExtendStage)
+}
 
 
 def _one_key(value: Any) -> Any:
@@ -375,8 +408,6 @@ def _one_key(value: Any) -> Any:
     if not isinstance(value, dict) or len(value) != 1:
         raise ValueError(f"a stage is one key with its settings, such as - glue: {{tokens: 2M}}, found {value!r}")
     kind, settings = next(iter(value.items()))
-    if kind in LATER_STAGES:
-        raise ValueError(f"the {kind} stage is not available in this version; remove it. Available: {known}")
     if kind not in STAGES:
         raise ValueError(f"unknown stage {kind!r}.{rules.nearest(str(kind), STAGES)} Available: {known}")
     return {kind: {} if settings is None else settings}
@@ -392,6 +423,7 @@ def _settings(kind: str) -> BeforeValidator:
 
 AnyStage = Annotated[
     Annotated[TransferStage, _settings("transfer"), Tag("transfer")]
+    | Annotated[CalibrateStage, _settings("calibrate"), Tag("calibrate")]
     | Annotated[MatrixStage, _settings("matrix"), Tag("matrix")]
     | Annotated[AlignStage, _settings("align"), Tag("align")]
     | Annotated[GlueStage, _settings("glue"), Tag("glue")]
@@ -563,4 +595,4 @@ class Recipe(Section):
 
 _TOP = [field.alias or name for name, field in Recipe.model_fields.items()]
 
-__all__ = ["COUNT_WORDS", "FORMS", "LATER_STAGES", "STAGES", "Faults", "Recipe", "Section", "Stage", "Words"]
+__all__ = ["COUNT_WORDS", "FORMS", "STAGES", "Faults", "Recipe", "Section", "Stage", "Words"]

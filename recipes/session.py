@@ -72,6 +72,7 @@ class Session:
         deadline: `time.monotonic()` at which to stop, or None.
         track: sends a step's metrics to the tracker that the recipe names.
         mixers: by layer, once transferred.
+        taken: layers whose mixers came trained from another run.
         student: once assembled.
         results: of the stages that ended, in order.
         measured: stage name -> fidelity on held-out text after it.
@@ -87,6 +88,7 @@ class Session:
     deadline: float | None = None
     track: Callable[[dict[str, Any]], None] = lambda record: None
     mixers: dict[int, Any] = field(default_factory=dict)
+    taken: set[int] = field(default_factory=set)
     student: Any = None
     results: list[StageResult] = field(default_factory=list)
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)

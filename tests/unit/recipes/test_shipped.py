@@ -46,7 +46,12 @@ def test_shipped_are_the_files_in_the_folder():
 def test_loads_and_is_planned(name: str, given: list[str]):
     recipe = loader.load(name, given if name in OPEN else given[:1])
     plan = planner.plan(recipe)
-    assert plan.layers.converted and [stage.kind for stage in plan.stages][:3] == ["transfer", "align", "glue"]
+    assert plan.layers.converted and [stage.kind for stage in plan.stages][:4] == [
+        "transfer",
+        "calibrate",
+        "align",
+        "glue",
+    ]
     assert not any("warm-up" in note or "no layer" in note for note in plan.notes), plan.notes
     planner.render(plan)
 
