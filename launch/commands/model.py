@@ -31,6 +31,29 @@ Trust = Annotated[
 ]
 
 
+# Options of the recall suite.
+Tasks = Annotated[str | None, typer.Option(metavar="A,B", help="recall: only these tasks.", show_default=False)]
+Lengths = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N,N", help="recall: tokens of documents; 256,512,1024 as far as they fit.", show_default=False
+    ),
+]
+Samples = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="recall: documents in each cell; 8.", show_default=False)
+]
+Generate = Annotated[bool, typer.Option("--generate", help="recall: have the answers generated as well; slower.")]
+Filler = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="recall: text to hide facts in; made-up prose by default.", show_default=False),
+]
+Plots = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="recall: draw a heat-map of every task there.", show_default=False),
+]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="recall: of the documents; 0.", show_default=False)]
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to the console command."""
     app.command(
@@ -89,34 +112,13 @@ def evaluate(
             min=2, metavar="N", help="quick: window; the smaller of both contexts by default.", show_default=False
         ),
     ] = None,
-    tasks: Annotated[
-        str | None, typer.Option(metavar="A,B", help="recall: only these tasks.", show_default=False)
-    ] = None,
-    lengths: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N,N", help="recall: tokens of documents; 256,512,1024 as far as they fit.", show_default=False
-        ),
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="recall: documents in each cell; 8.", show_default=False)
-    ] = None,
-    generate: Annotated[
-        bool, typer.Option("--generate", help="recall: have the answers generated as well; slower.")
-    ] = False,
-    filler: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="recall: text to hide facts in; made-up prose by default.", show_default=False
-        ),
-    ] = None,
-    plots: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="recall: draw a heat-map of every task there.", show_default=False),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(metavar="N", help="recall: of the documents; 0.", show_default=False)
-    ] = None,
+    tasks: Tasks = None,
+    lengths: Lengths = None,
+    samples: Samples = None,
+    generate: Generate = False,
+    filler: Filler = None,
+    plots: Plots = None,
+    seed: Seed = None,
     trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
