@@ -3,7 +3,7 @@
 OUT/TEACHER-ARM-sSEED.json       what one job found; small
 OUT/tune/TEACHER-ARM-N.json      what one trial of --tune found
 OUT/tuned.json                   the rates that won
-OUT/kept.json                    the layer that hybrid arms keep, by teacher and way of choosing
+OUT/kept.json                    the layers that hybrid arms keep (see bench_methods_kept)
 
 A job's key is a hash of its content (recipes, teacher's weights, text); a result with another key is made again. Run
 folders lie in WORK/KEY until their job is written down, so that a job that was stopped goes on where it was.
@@ -28,6 +28,7 @@ from ..distill.errors import RunFailed
 from ..distill.files import write_json
 from . import bench_methods_arms as arms
 from .bench_methods_arms import Place, Rates, chosen
+from .bench_methods_kept import choose, layer_of
 from .units import format_count
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def run_grid(grid: Grid, say: Say) -> dict[str, int]:
         UserError: as the recipes raise it, before any work.
         KeyboardInterrupt: stopped; the same call goes on.
     """
+    choose_kept(grid, say)
     rates = {arm: tuned_rates(grid, arm, say) for arm in grid.arms}
     wanted = [job_of(grid, arm, seed, rates[arm]) for seed in range(grid.seeds) for arm in grid.arms]
     run_jobs(wanted, grid, say)
@@ -93,21 +95,25 @@ def run_grid(grid: Grid, say: Say) -> dict[str, int]:
     }
 
 
+def choose_kept(grid: Grid, say: Say) -> None:
+    """The layers that the grid's hybrid arms keep, where they are not chosen yet."""
+    from .bench_methods_job import single_thread
+
+    held = read(grid.out / "kept.json")
+    with single_thread():
+        for arm in grid.arms:
+            choose(arm, grid.place, held, grid.out, grid.work, say)
+
+
 def job_of(grid: Grid, arm: str, seed: int, rates: Rates, out: Path | None = None, kept: int | None = None) -> Job:
     """The job of an arm with one seed; its key says what its result depends on."""
     from .bench_methods_job import Job
 
-    kept = kept_layer(grid, arm) if kept is None else kept
+    kept = layer_of(arm, grid.place, read(grid.out / "kept.json")) if kept is None else kept
     recipes = arms.recipes(arm, grid.place, seed, rates, kept, grid.work)
     key = arms.content_key(recipes, grid.place.teacher)
     out = out or grid.out / f"{grid.place.name}-{arm}-s{seed}.json"
     return Job(arm, seed, grid.place, rates, kept, key, str(grid.work / key), str(out), grid.keep_runs)
-
-
-def kept_layer(grid: Grid, arm: str) -> int | None:
-    """The layer that an arm keeps, where a selection was made for it; None leaves its recipe's."""
-    method = arms.header(arm).get("Kept layer")
-    return read(grid.out / "kept.json").get(grid.place.name, {}).get(method) if method else None
 
 
 def run_jobs(wanted: list[Job], grid: Grid, say: Say) -> None:
@@ -260,6 +266,7 @@ def tune(grid: Grid, say: Say) -> dict[str, Any]:
     Returns:
         By arm: the winner and all trials; also written to OUT/tuned.json.
     """
+    choose_kept(grid, say)
     arms_left = [arm for arm in grid.arms if arm not in NEVER_TUNED]
     first = {arm: _pairs(grid, arm) for arm in arms_left}
     trials = {arm: [_trial(grid, arm, rates) for rates in first[arm]] for arm in arms_left}

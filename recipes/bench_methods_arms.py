@@ -13,7 +13,7 @@ from ..distill.errors import UserError
 from ..mixers import registry
 from . import loader, rules
 from .plan import layer_map
-from .schema import EMBEDDED, Recipe, TrainingStage
+from .schema import EMBEDDED, CalibrateStage, Recipe, TrainingStage
 from .teacher_config import TeacherConfig, locate, read_teacher_config
 
 VERSION = 1
@@ -135,8 +135,13 @@ def recipes(name: str, place: Place, seed: int, rates: Rates, kept: int | None, 
         kept: the layer that keeps its attention, where the arm keeps one; None leaves the recipe's own.
         work: folder for the runs.
     """
-    teacher = teacher_config(place.teacher)
-    length = min(teacher.context, CONTEXT)
+    changes = overrides(name, place, seed, rates, kept, work)
+    return [loader.load(f"methods/{phase}", own) for phase, own in zip(phases(name), changes, strict=True)]
+
+
+def overrides(name: str, place: Place, seed: int, rates: Rates, kept: int | None, work: Path) -> list[list[str]]:
+    """What `recipes` changes in each phase's file, as on the command line; arguments as there."""
+    length = min(teacher_config(place.teacher).context, CONTEXT)
     shared = [
         f"teacher.model={place.teacher}",
         f"data.source={place.text or EMBEDDED}",
@@ -158,9 +163,9 @@ def recipes(name: str, place: Place, seed: int, rates: Rates, kept: int | None, 
         for stage in recipe.stages:
             if isinstance(stage, TrainingStage):
                 changes += _scaled(stage, place.tokens / total, length, rates)
-            elif hasattr(stage, "tokens"):  # closed forms look at no more than a ninth beside the training
-                changes.append(f"stages.{stage.name}.tokens={min(stage.tokens, place.tokens // 9)}")  # pyright: ignore
-        made.append(loader.load(f"methods/{phase}", changes))
+            elif isinstance(stage, CalibrateStage):  # it looks at no more than a ninth beside the training
+                changes.append(f"stages.{stage.name}.tokens={min(stage.tokens, place.tokens // 9)}")
+        made.append(changes)
     return made
 
 

@@ -32,7 +32,7 @@ from .bench import random_batch
 from .bench_methods_arms import BEFORE, EVAL_TOKENS, EVALUATIONS, Place, Rates, Shape
 from .plan import layer_map, stage_settings
 from .runner import FINAL_TOKENS, run
-from .schema import EMBEDDED, Recipe, TrainingStage
+from .schema import EMBEDDED, CalibrateStage, Recipe, TrainingStage
 from .session import Silent, eval_set, open_session
 from .teacher_config import locate
 
@@ -183,13 +183,8 @@ def _point(tokens: int, stage: str, value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _calibration(recipes: list[Recipe]) -> int:
-    """Tokens that closed-form stages look at; they train nothing and are counted apart."""
-    return sum(
-        getattr(stage, "tokens", 0)
-        for recipe in recipes
-        for stage in recipe.stages
-        if not isinstance(stage, TrainingStage)
-    )
+    """Tokens that closed forms look at; they train nothing and are counted apart."""
+    return sum(stage.tokens for recipe in recipes for stage in recipe.stages if isinstance(stage, CalibrateStage))
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from relinear.distill.errors import UserError
 from relinear.launch.main import main
 from relinear.recipes import bench_methods as bench
 from relinear.recipes import bench_methods_arms as arms
@@ -147,3 +148,29 @@ def test_tuning_takes_the_lowest_kl_and_is_found_again(
 
 def test_curves_end_where_tokens_do() -> None:
     assert tokens_to([{"tokens": 0, "ratio": 3.0}, {"tokens": 10, "ratio": 2.0}]) is None
+
+
+def test_the_kept_layer_is_chosen_once(
+    teacher: Path, story_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = grid(teacher, story_file, tmp_path, arms=("relinear_hybrid", "relinear"))
+    monkeypatch.setattr("relinear.recipes.select.run.TEXT_TOKENS", 500)
+    talked: list[str] = []
+    bench.choose_kept(wanted, talked.append)
+    held = bench.read(wanted.out / "kept.json")[teacher.name]
+    assert held.keys() == {"relinear_hybrid"} and len(held["relinear_hybrid"]["scores"]) == 2
+    layer = held["relinear_hybrid"]["layer"]
+    assert bench.job_of(wanted, "relinear_hybrid", 0, arms.Rates()).kept == layer
+    assert bench.job_of(wanted, "relinear", 0, arms.Rates()).kept is None
+    assert talked[0] == "relinear_hybrid: choosing the kept layer by combined" and not any(wanted.work.iterdir())
+    talked.clear()
+    bench.choose_kept(wanted, talked.append)
+    assert talked == []
+    monkeypatch.setattr(arms, "VERSION", "another")
+    monkeypatch.setattr("relinear.recipes.select.run.select", _refused)
+    bench.choose_kept(wanted, talked.append)
+    assert "no such luck. The recipe's own layer is kept" in talked[-1]
+
+
+def _refused(*_: Any, **__: Any) -> Any:
+    raise UserError("no such luck")
