@@ -35,6 +35,15 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def to_text(result: dict[str, Any]) -> str:
+    """The table as lines of plain text, and what its figures are."""
+    header, rows = table(result)
+    cells = [header, *rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
+    return "Recall, percent of answers ± standard error:\n\n" + "\n".join(lines)
+
+
 def _figures(values: dict[str, Any], figure: str) -> tuple[dict[str, Any], str]:
     kind = figure.removeprefix("generated ")
     return (values.get("generated", {}) if kind != figure else values), kind

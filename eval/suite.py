@@ -34,7 +34,7 @@ def recall_suite(
     *,
     tasks: Sequence[str] | None = None,
     lengths: Sequence[int] | None = None,
-    samples: int = SAMPLES,
+    samples: int | None = None,
     seed: int = 0,
     generate: bool = False,
     filler: str | Path | None = None,
@@ -48,7 +48,7 @@ def recall_suite(
         teacher: another one with the same vocabulary, or None.
         tasks: names of `TASKS`; all by default.
         lengths: tokens of whole documents; by default those of `LENGTHS` within both models' context.
-        samples: documents per cell; see `tasks.ANSWERS_PER_SAMPLE` for pairs.
+        samples: documents per cell, `SAMPLES` by default; see `tasks.ANSWERS_PER_SAMPLE` for pairs.
         seed: of the documents.
         generate: also have the answers generated.
         filler: text file to take filler from; made-up prose if None.
@@ -70,6 +70,7 @@ def recall_suite(
     given = {"model": model} if teacher is None else {"teacher": teacher, "student": model}
     limit = _context(list(given.values()))
     lengths = _lengths(lengths, limit)
+    samples = samples or SAMPLES
     writer = Writer(tokenizer, filler)
     made = {task.name: task_documents(task, writer, lengths, samples, seed, limit) for task in chosen}
     if not any(made.values()):

@@ -25,7 +25,10 @@ from ..distill.matrix import matrix_rows, matrix_stage, matrix_step
 from ..distill.stage import Callbacks, StageResult, StageSettings
 from ..distill.student import assemble, transfer
 from ..eval.fidelity import measure
+from ..eval.heatmaps import heatmaps
 from ..eval.plots import loss_curves
+from ..eval.recall_table import to_text as recall_text
+from ..eval.suite import recall_suite
 from ..eval.tables import Row, to_json, to_text
 from . import loader
 from .calibration import calibrate, fill_aligned
@@ -333,6 +336,10 @@ def _finish(session: Session) -> dict[str, Any]:
     if len(session.corpus.valid):
         device = next(session.student.parameters()).device
         fidelity = measure(session.student, session.teacher.model, eval_set(session, FINAL_TOKENS), device)
+    recall = None
+    if "recall" in session.recipe.eval.suite:
+        session.progress.note("recall: needles, pairs and their like")
+        recall = recall_suite(session.student, session.teacher.tokenizer, session.teacher.model)
     result: dict[str, Any] = {
         "status": "complete",
         "run": str(folder),
@@ -343,6 +350,7 @@ def _finish(session: Session) -> dict[str, Any]:
         "stages": [_stage_summary(r) for r in session.results],
         "measured": session.measured,
         "fidelity": fidelity,
+        "recall": recall,
         "tokens": sum(r.tokens for r in session.results),
         "seconds": round(sum(r.seconds for r in session.results), 1),
         "environment": checkpoint.environment(),
@@ -350,6 +358,9 @@ def _finish(session: Session) -> dict[str, Any]:
     rows = result_rows(session, fidelity)
     text = to_text(rows) if rows else f"{folder}: complete (no held-out text, so nothing was measured)"
     result["rows"] = to_json(rows)
+    if recall is not None:
+        text += "\n\n" + recall_text(recall)
+        heatmaps(recall, folder / "recall")
     if any(r.metrics for r in session.results):
         loss_curves(folder / "metrics.jsonl", folder / "loss.png")
     export(

@@ -25,7 +25,7 @@ from pydantic import (
 from ..mixers import registry
 from . import rules
 from .layers import FORMS, check_form
-from .units import COUNT_WORDS, parse_count
+from .units import COUNT_WORDS, listed, parse_count
 
 SCHEMA = 1
 EMBEDDED = "embedded"  # in teacher.model and data.source: what the package brings along
@@ -98,6 +98,7 @@ Length = Annotated[int | Literal["auto"], BeforeValidator(_length), Words("token
 LayerChoice = Annotated[Any, BeforeValidator(_choice), Words("layers")]
 MixerName = Annotated[str, BeforeValidator(_mixer_name), Words("mixer")]
 HeldOut = Annotated[str | float, BeforeValidator(_held_out), Words("file or share")]
+Suites = Annotated[list[Literal["quick", "recall"]], BeforeValidator(listed), Words("`quick`, `recall` or a list")]
 Betas = Annotated[tuple[float, float], BeforeValidator(_betas), Field(strict=False), Words("two numbers")]
 Weight = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -460,8 +461,8 @@ class EngineSection(Section):
 class EvalSection(Section):
     """What is measured on held-out text while the stages run."""
 
-    suite: Literal["quick"] = Field(
-        default="quick", description="quick: perplexity, KL and top-1 agreement on held-out text"
+    suite: Suites = Field(
+        default=["quick"], min_length=1, description="quick: fidelity, always; recall too: at the end"
     )
     against: Literal["teacher"] = Field(default="teacher", description="what the student is compared with")
     every: Count | None = Field(

@@ -1,4 +1,4 @@
-"""Numbers as people write them in a recipe: 2M tokens, 64k, 1.5B."""
+"""Values as people write them in a recipe: 2M tokens, 64k, 1.5B, one name for a list of one."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ def parse_count(value: Any) -> int:
             if number == number.to_integral_value():
                 return int(number)
     raise ValueError(f"expected {COUNT_WORDS}, found {value!r}")
+
+
+def listed(value: Any) -> Any:
+    """A single name as a list of it; anything else as it is."""
+    return [value] if isinstance(value, str) else value
 
 
 def format_count(number: float) -> str:

@@ -186,7 +186,7 @@ def _evaluate_recall(
         if not all(part.isdigit() for part in numbers):
             raise UserError(f"--lengths {settings['lengths']}: expected numbers of tokens, e.g. --lengths 256,1024")
         given["lengths"] = [int(part) for part in numbers]
-    from ...eval.recall_table import table as recall_table
+    from ...eval.recall_table import to_text
     from ...eval.suite import compare_recall
 
     with Progress() as progress, only_talk():
@@ -203,8 +203,7 @@ def _evaluate_recall(
     if json:
         data_json(result)
     else:
-        header, rows = recall_table(result)
-        data("Percent of answers, ± standard error.\n\n" + table(rows, header))
+        data(to_text(result))
 
 
 def _fidelity_table(result: dict[str, Any]) -> str:

@@ -39,6 +39,19 @@ def test_a_run_leaves_what_it_promises(finished):
     assert all(json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines())
 
 
+def test_recall_at_the_end_of_a_run(make_teacher, story_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("relinear.eval.suite.LENGTHS", (300,))
+    monkeypatch.setattr("relinear.eval.suite.SAMPLES", 1)
+    teacher = make_teacher("llama", num_hidden_layers=2, max_position_embeddings=400)
+    changes = [*given(teacher, story_file), *SMALL, "stages.align.tokens=1k", "stages.glue.tokens=1k"]
+    assert main(["run", "gated_deltanet", *changes, "eval.suite=recall", "--out", str(tmp_path / "run")]) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["fidelity"]["kl"] >= 0
+    assert set(result["recall"]["tasks"]["needle"]["models"]) == {"teacher", "student"}
+    assert "needle-number" in (tmp_path / "run" / "result.txt").read_text()
+    assert (tmp_path / "run" / "recall" / "recall-needle.png").exists()
+
+
 def test_the_resolved_recipe_is_a_recipe(finished, capsys):
     assert main(["check", str(finished / "recipe.yaml")]) == 0
     capsys.readouterr()
