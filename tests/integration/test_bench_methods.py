@@ -15,7 +15,7 @@ from relinear.recipes import bench_methods_arms as arms
 from relinear.recipes import bench_methods_job as jobs
 from relinear.recipes.bench_methods_stats import tokens_to
 
-ARMS = ("align_skipped", "relinear_window")
+ARMS = ("mamba_in_llama", "lolcats")  # one stage; align, adapters and a window
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +44,9 @@ def test_a_grid_runs_resumes_and_is_reported(
     assert bench.run_grid(wanted, talked.append) == {"complete": 2, "failed": 0, "missing": 0}
     assert any("2 jobs of 3k tokens each, 1 at a time: about" in line for line in talked)
     found = {entry["arm"]: entry for entry in bench.results(wanted.out)}
-    window = found["relinear_window"]
-    assert (window["group"], found["align_skipped"]["group"], window["window"]) == ("window", "linear", 32)
-    assert window["tokens"] >= 3000 and abs(window["tokens"] - found["align_skipped"]["tokens"]) < 300
+    window = found["lolcats"]
+    assert (window["group"], found["mamba_in_llama"]["group"], window["window"]) == ("window", "linear", 32)
+    assert window["tokens"] >= 3000 and abs(window["tokens"] - found["mamba_in_llama"]["tokens"]) < 300
     assert [p["tokens"] for p in window["curve"]] == sorted(p["tokens"] for p in window["curve"])
     assert {"align", "glue"} <= {p["stage"] for p in window["curve"]} and window["curve"][0]["tokens"] == 0
     assert set(window["branches"]) == {"both", "window", "linear"} and window["branches"]["window"]["kl"] > 0
@@ -59,7 +59,7 @@ def test_a_grid_runs_resumes_and_is_reported(
     assert {path: path.stat().st_mtime_ns for path in wanted.out.iterdir()} == written
     assert main(["bench", "methods", "--report", "--out", str(wanted.out)]) == 0
     printed = capsys.readouterr().out
-    assert f"{teacher.name}: Every layer converted, no window" in printed and "relinear_window: KL" in printed
+    assert f"{teacher.name}: Every layer converted, no window" in printed and "lolcats: KL" in printed
     page = wanted.out.with_name("results.md").read_text()
     assert "| arm |" in page and "(results/curves-" in page
     assert {path.suffix for path in wanted.out.iterdir()} == {".json", ".png"}
@@ -76,7 +76,7 @@ def test_a_failing_arm_is_recorded_and_the_others_run(
         return real(recipe, **options)
 
     monkeypatch.setattr(jobs, "run", run)
-    wanted = grid(teacher, story_file, tmp_path, arms=("radlads", "align_skipped"))
+    wanted = grid(teacher, story_file, tmp_path, arms=("radlads", "mamba_in_llama"))
     talked: list[str] = []
     assert bench.run_grid(wanted, talked.append) == {"complete": 1, "failed": 1, "missing": 0}
     record = json.loads((wanted.out / f"{teacher.name}-radlads-s0.json").read_text())
@@ -87,7 +87,7 @@ def test_a_failing_arm_is_recorded_and_the_others_run(
 def test_what_was_stopped_goes_on(
     teacher: Path, story_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = grid(teacher, story_file, tmp_path, arms=("align_skipped",))
+    wanted = grid(teacher, story_file, tmp_path, arms=("mamba_in_llama",))
     real = jobs.run
     monkeypatch.setattr(jobs, "run", lambda recipe, **options: {"status": "stopped"})
     with pytest.raises(KeyboardInterrupt):
