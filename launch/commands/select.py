@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
+from ...distill.errors import UserError
 from ...recipes.select.methods import METHODS, parse
+from ...recipes.units import parse_count
 from ..output import data, data_json, next_command
 from ..progress import Progress
 from .common import Json, Overrides, Recipe, command_line, examples
@@ -28,8 +30,8 @@ def register(app: typer.Typer) -> None:
 
 def select(
     recipe: Recipe,
+    keep: Annotated[int, typer.Option(metavar="K", help="How many layers keep their attention.")],
     overrides: Overrides = None,
-    keep: Annotated[int, typer.Option(metavar="K", help="Layers that keep their attention.")] = 1,
     by: Annotated[
         str,
         typer.Option(metavar="METHOD,…", help=f"The first decides: {', '.join(METHODS)}; all for all but kl-guided."),
@@ -45,10 +47,8 @@ def select(
         typer.Option(metavar="RUN", help="Take the aligned mixers of this all-linear run.", show_default=False),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished align in this folder.")] = False,
-    tokens: Annotated[int, typer.Option(min=100, metavar="N", help="Held-out tokens to measure on.")] = 20_000,
-    tokens_per_layer: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Training tokens per layer of kl-guided.")
-    ] = 50_000,
+    tokens: Annotated[str, typer.Option(metavar="N", help="Held-out tokens to measure on.")] = "20k",
+    tokens_per_layer: Annotated[str, typer.Option(metavar="N", help="Training tokens per layer of kl-guided.")] = "50k",
     json: Json = False,
 ) -> None:
     """Score layers: which ones should keep their attention.
@@ -58,30 +58,44 @@ def select(
     the teacher's outputs and every measurement, and are shown beside uniform. Finished parts are taken up again.
     """
     parse(by)
+    sizes = {
+        "tokens": _count("--tokens", tokens, 100),
+        "tokens_per_layer": _count("--tokens-per-layer", tokens_per_layer),
+    }
     from ...recipes.select.run import select as work
 
     with Progress() as progress:
-        result = work(
-            recipe,
-            overrides,
-            keep=keep,
-            by=by,
-            out=out,
-            run=run,
-            resume=resume,
-            tokens=tokens,
-            tokens_per_layer=tokens_per_layer,
-            progress=progress,
-        )
+        result = work(recipe, overrides, keep=keep, by=by, out=out, run=run, resume=resume, progress=progress, **sizes)
     if json:
         data_json({name: value for name, value in result.items() if name != "table"})
     else:
         data(result["table"])
     if result["status"] != "complete":
-        options = ["--keep", str(keep), "--by", by, *([] if out is None else ["--out", str(out)])]
+        options = [
+            "--keep",
+            str(keep),
+            "--by",
+            by,
+            "--tokens",
+            tokens,
+            "--tokens-per-layer",
+            tokens_per_layer,
+            *([] if out is None else ["--out", str(out)]),
+        ]
         options += [] if run is None else ["--run", str(run)]
         next_command(f"{command_line('select', recipe, overrides)} {shlex.join(options)} --resume")
         return
     chosen = f"layers.keep={{scores: {result['scores']}, top: {keep}}}"
     start = [*(overrides or []), chosen]
     next_command(command_line("run", recipe, start))
+
+
+def _count(option: str, text: str, least: int = 1) -> int:
+    """A number out of `20k`."""
+    try:
+        found = parse_count(text)
+    except ValueError as error:
+        raise UserError(f"{option}: {error}. For example: {option} 20k") from None
+    if found < least:
+        raise UserError(f"{option}: found {found}, expected at least {least}. For example: {option} 20k")
+    return found

@@ -35,10 +35,11 @@ def _sentences(result: dict[str, Any]) -> list[str]:
 
 
 def _methods(result: dict[str, Any]) -> str:
-    rows = [("method", "keeps", "seconds", "a score is")]
+    rows = [("method", "keeps", "seconds", "of CPU", "a score is")]
     for name, scores in result["methods"].items():
-        rows.append((name, ranges(scores["chosen"]), f"{scores['seconds']:.1f}", METHODS[name].what))
-    return _table(rows, right={2})
+        times = (f"{scores['seconds']:.1f}", f"{scores['cpu_seconds']:.1f}")
+        rows.append((name, ranges(scores["chosen"]), *times, METHODS[name].what))
+    return _table(rows, right={2, 3})
 
 
 def _sets(result: dict[str, Any]) -> str:

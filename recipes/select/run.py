@@ -341,13 +341,14 @@ def _method(
     path = folder / "cache" / f"{name}-{key}.json"
     if path.exists():
         return _written(folder, Scores.from_dict(json.loads(path.read_text(encoding="utf-8"))), settings.keep)
-    began, passes = time.monotonic(), evaluator.passes
+    began, spent, passes = time.monotonic(), time.process_time(), evaluator.passes
     session.progress.stage(name)
     scored = _run(name, evaluator, session, recipe, settings, stopped)
     session.progress.done()
     if scored is None:
         return None
-    scored.seconds, scored.passes = time.monotonic() - began, evaluator.passes - passes
+    scored.seconds, scored.cpu_seconds = time.monotonic() - began, time.process_time() - spent
+    scored.passes = evaluator.passes - passes
     files.write_json(path, scored.to_dict(settings.keep))
     return _written(folder, scored, settings.keep)
 

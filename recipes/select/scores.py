@@ -25,6 +25,7 @@ class Scores:
         signal: False where the scores are most likely noise.
         details: what else the method found, plain values.
         seconds: spent, what other methods measured before left out.
+        cpu_seconds: of the process in that time, over all its threads.
         passes: forward passes over the text or the recall documents, likewise.
     """
 
@@ -37,6 +38,7 @@ class Scores:
     signal: bool = True
     details: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     passes: int = 0
 
     @property
@@ -83,6 +85,7 @@ class Scores:
             "notes": self.notes,
             "details": self.details,
             "seconds": round(self.seconds, 2),
+            "cpu_seconds": round(self.cpu_seconds, 2),
             "passes": self.passes,
         }
 
@@ -101,6 +104,7 @@ class Scores:
             value["signal"],
             value["details"],
             value["seconds"],
+            value["cpu_seconds"],
             value["passes"],
         )
 

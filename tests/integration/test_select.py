@@ -27,7 +27,13 @@ from relinear.recipes.select import attention, forward, guided
 from relinear.recipes.select.evaluate import Evaluator
 from relinear.recipes.select.run import recall_documents, select
 
-SMALL = ["stages.align.tokens=3k", "stages.align.batch=4", "data.seq_len=64", "eval.tokens=500"]
+SMALL = [
+    "stages.calibrate.tokens=1k",
+    "stages.align.tokens=3k",
+    "stages.align.batch=4",
+    "data.seq_len=64",
+    "eval.tokens=500",
+]
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +289,10 @@ def test_the_command_prints_tables_or_json(
     assert text.startswith("2 of 3 layers keep their attention: ") and "uniform" in text
     assert talk.rstrip().splitlines()[-1].startswith("Next: relinear run gated_deltanet")
     other = ["--run", str(chosen / "student"), "--out", str(chosen.parent / "other"), "--tokens", "1500", "--json"]
-    assert main(["select", "gated_deltanet", *given(teacher, story_file), "--by", "restore-kl", *other]) == 0
+    assert (
+        main(["select", "gated_deltanet", *given(teacher, story_file), "--keep", "2", "--by", "restore-kl", *other])
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     wanted = json.loads((chosen / "methods" / "restore-kl.json").read_text())
     assert found["methods"]["restore-kl"]["scores"] == wanted["scores"] and "table" not in found
@@ -298,11 +307,11 @@ def test_an_unfinished_align_needs_resume(
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    arguments = ["select", "gated_deltanet", *given(teacher, story_file), "--by", "restore-kl", "--tokens", "500"]
-    arguments += ["--out", str(tmp_path / "out")]
+    arguments = ["select", "gated_deltanet", *given(teacher, story_file), "--keep", "1", "--by", "restore-kl"]
+    arguments += ["--tokens", "500", "--out", str(tmp_path / "out")]
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(loop._Run, "_check_end", killed)
-        select(arguments[1], arguments[2:-6], keep=1, out=tmp_path / "out")
+        select(arguments[1], given(teacher, story_file), keep=1, out=tmp_path / "out")
     assert main(arguments) == 2
     assert "--resume" in capsys.readouterr().err
     assert main([*arguments, "--resume"]) == 0
@@ -314,6 +323,8 @@ def test_an_unfinished_align_needs_resume(
         (["--by", "restore-lk"], "restore-kl"),
         (["--keep", "3"], "Give 1 to 2"),
         (["--keep", "0"], "Give 1 to 2"),
+        (["--tokens", "many"], "--tokens"),
+        (["--tokens-per-layer", "0"], "at least 1"),
         (["--run", "nowhere"], "nowhere"),
         (["--run", "OTHER"], "same teacher"),
         (["--run", "PLAIN"], "no align stage"),
@@ -333,7 +344,7 @@ def test_wrong_input(
     places = {"OTHER": str(tmp_path / "OTHER"), "PLAIN": str(tmp_path / "PLAIN"), "STUDENT": str(chosen / "student")}
     options = [places.get(option, option) for option in options]
     out = ["--out", str(tmp_path / "out")]
-    assert main(["select", "gated_deltanet", *given(teacher, story_file), *options, *out]) == 2
+    assert main(["select", "gated_deltanet", *given(teacher, story_file), "--keep", "1", *options, *out]) == 2
     text, talk = capsys.readouterr()
     errors = [line for line in talk.splitlines() if line.startswith("error: ")]
     assert text == "" and len(errors) == 1 and words in errors[0], talk

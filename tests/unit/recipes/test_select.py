@@ -62,7 +62,7 @@ def test_a_scores_file_gives_the_chosen_layers_back(method: str, tmp_path: Path)
     """Ties too, on both sides of `higher_is`; and the file holds all that a Scores has."""
     rng = random.Random(3)
     values = [float(rng.randrange(4)) for _ in range(9)]
-    scores = Scores(method, values, [0.1] * 9, [(0.0, 0.1)] * 8, 3, ["said"], False, {"a": [1]}, 2.0, 4)
+    scores = Scores(method, values, [0.1] * 9, [(0.0, 0.1)] * 8, 3, ["said"], False, {"a": [1]}, 2.0, 1.5, 4)
     for keep in range(1, 9):
         assert read_back(scores, keep, tmp_path) == scores.chosen(keep)
     assert Scores.from_dict(json.loads(json.dumps(scores.to_dict(3)))) == scores
