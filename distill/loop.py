@@ -10,6 +10,7 @@ import re
 import resource
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from . import checkpoint as saved
 from . import files
+from .average import Average
 from .data.batch import Batch
 from .data.source import Source
 from .errors import RunFailed, UserError
@@ -104,6 +106,7 @@ class _Run:
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in self.parameters.items()}
         self.device = next(iter(self.names)).device
         self.optimizer = _optimizer(stage, settings)
+        self.average = None if settings.average is None else Average(self.parameters, settings.average)
         self.step = self.tokens = 0
         self.seconds = 0.0
         self.committed: saved.Checkpoint | None = None
@@ -136,7 +139,10 @@ class _Run:
             self.callbacks.message(f"{self.stage.name}: complete, loaded from {commit.path}")
             return
         self.log.truncate(state["metrics_offset"])
-        saved.load_optimizer(self.optimizer, commit.optimizer(), self.parameters)
+        optimizer = commit.optimizer()
+        if self.average is not None:
+            optimizer = self.average.restore(optimizer)
+        saved.load_optimizer(self.optimizer, optimizer, self.parameters)
         self.source.load_state_dict(commit.source())
         warning = saved.environment_warning(commit)
         if warning:
@@ -179,6 +185,9 @@ class _Run:
                     self._commit()
         finally:
             self.stage.module.eval()
+        if self.average is not None:
+            self.average.swap()
+            self.average = None
         unchanged = self._check_end()
         self.stage.finish()
         result = self._result("complete", unchanged)
@@ -195,6 +204,8 @@ class _Run:
         if counted:
             self._clip(norms)
             self.optimizer.step()
+            if self.average is not None:
+                self.average.update(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.tokens += batch.tokens
@@ -308,7 +319,8 @@ class _Run:
         if self.callbacks.evaluate is None:
             return False
         self.stage.module.eval()
-        values = self.callbacks.evaluate()
+        with nullcontext() if self.average is None else self.average.shown():
+            values = self.callbacks.evaluate()
         self.stage.module.train()
         self.log.append({"stage": self.stage.name, "step": self.step, "tokens": self.tokens, "eval": values})
         score = values.get("score")
@@ -369,14 +381,17 @@ class _Run:
         if result is not None:
             state["result"] = {k: v for k, v in result.__dict__.items() if k != "path"}
         optimizer = None if result else saved.optimizer_tensors(self.optimizer, self.names)
-        self.committed = self.store.commit(
-            self.stage.name,
-            self.step,
-            saved.module_tensors(self.stage.module),
-            state,
-            optimizer=optimizer,
-            complete=result is not None,
-        )
+        with nullcontext() if self.average is None else self.average.shown():
+            if optimizer is not None and self.average is not None:
+                optimizer |= self.average.raw()
+            self.committed = self.store.commit(
+                self.stage.name,
+                self.step,
+                saved.module_tensors(self.stage.module),
+                state,
+                optimizer=optimizer,
+                complete=result is not None,
+            )
 
 
 def _optimizer(stage: Stage, settings: StageSettings) -> torch.optim.AdamW:

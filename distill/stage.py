@@ -30,6 +30,7 @@ class StageSettings:
         warmup: steps from 1 % of `lr` to `lr`.
         betas, eps, weight_decay: of AdamW.
         clip: largest norm of a group's gradient; None leaves it alone.
+        average: decay per step of a running average of the weights, which is what is evaluated and kept; None: none.
         precision: `fp32`, or `bf16`: products in bfloat16, weights and optimizer in fp32.
         micro_batch: sequences per forward and backward; None takes the whole batch. Changes memory, not the result.
         loss: align: a key of `losses.ALIGN`; glue and extend: weights of `kl`, `reverse_kl`, `ce`.
@@ -55,6 +56,7 @@ class StageSettings:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float | None = 1.0
+    average: float | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     micro_batch: int | None = None
     loss: str | dict[str, float] = "l2"

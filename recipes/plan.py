@@ -208,7 +208,7 @@ def stage_settings(recipe: Recipe, stage: TrainingStage, context: int) -> dict[s
         context: of the teacher.
     """
     asked = recipe.data.seq_len if stage.seq_len is None else stage.seq_len
-    same = ("tokens", "batch", "micro_batch", "lr", "schedule", "warmup", "betas", "weight_decay", "clip")
+    same = ("tokens", "batch", "micro_batch", "lr", "schedule", "warmup", "betas", "weight_decay", "clip", "average")
     settings: dict[str, Any] = {name: getattr(stage, name) for name in same}
     settings |= {
         "seq_len": window(asked, context)[0],
@@ -313,6 +313,8 @@ def _stage(
         needs_teacher,
         length,
     )
+    if settings["average"] is not None:
+        memory["average"] = 4 * trained
     flops = stage.tokens * costs.flops_per_token(teacher, layers, stage.kind, length, needs_teacher, lora is not None)
     hours = costs.gpu_hours(flops, gpu, mfu)
     return StagePlan(stage.kind, stage.name, stage.title, settings, steps, trained, memory, flops, hours)

@@ -297,6 +297,13 @@ class TrainingStage(Stage):
     betas: Betas = Field(default=(0.9, 0.95), description="AdamW's decay of the moments")
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's decoupled weight decay")
     clip: float | None = Field(default=1.0, gt=0, description="largest gradient norm; null never clips")
+    average: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="decay per step of a running average of the weights, which is measured and kept in their stead; "
+        "null keeps the weights themselves",
+    )
     seed: Seed | None = Field(default=None, description="of this stage; the recipe's seed if null")
 
     @property

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from relinear.distill.checkpoint import Checkpoints
 from relinear.distill.data.batch import Batch
 from relinear.distill.errors import RunFailed, UserError
 from relinear.distill.files import read_metrics
@@ -271,3 +272,44 @@ def test_bad_stages_and_batches(source_of: Any, tmp_path: Path) -> None:
     source.next_batch = lambda: empty
     with pytest.raises(UserError, match="step 1 got a batch of nothing but padding"):
         run_stage(toy_stage(Toy()), source, SETTINGS, folder=tmp_path)
+
+
+def test_the_average_is_what_is_measured_saved_and_kept(source_of: Any, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, average=0.6, eval_every=TOKENS, save_every=TOKENS, lr=1e-1)
+    plain, model, raw, shown = Toy(), Toy(), [], []
+    run_stage(
+        toy_stage(plain),
+        source_of(),
+        replace(settings, average=None),
+        folder=tmp_path / "plain",
+        callbacks=Callbacks(progress=lambda record: raw.append(plain.layers[0].weight.detach().clone())),
+    )
+
+    def look() -> dict[str, float]:
+        shown.append(model.layers[0].weight.detach().clone())
+        return {"score": -len(shown)}
+
+    result = run_stage(toy_stage(model), source_of(), settings, folder=tmp_path, callbacks=Callbacks(evaluate=look))
+    mean = Toy().layers[0].weight.detach().clone()
+    for step, (weight, seen) in enumerate(zip(raw, shown, strict=True)):
+        mean.lerp_(weight, 1 - min(0.6, (step + 1) / (step + 10)))
+        torch.testing.assert_close(seen, mean)
+    assert (mean - raw[-1]).abs().max() > 1e-3
+    torch.testing.assert_close(model.layers[0].weight.detach(), mean)
+    weights = Checkpoints(tmp_path / "checkpoints").newest(result.stage).weights()  # type: ignore[union-attr]
+    assert any(torch.equal(value, model.layers[0].weight) for value in weights.values())
+    assert result.best_path == result.path
+
+
+def test_an_averaged_stage_resumes_to_the_same_bits(source_of: Any, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, average=0.9, save_every=2 * TOKENS)
+    whole, parts = Toy(), Toy()
+    run_stage(toy_stage(whole), source_of(), settings, folder=tmp_path / "whole")
+    seen: list[int] = []
+    stop = Callbacks(progress=lambda record: seen.append(1), should_stop=lambda: len(seen) == 3)
+    run_stage(toy_stage(parts), source_of(), settings, folder=tmp_path / "parts", callbacks=stop)
+    again = Toy()
+    result = run_stage(toy_stage(again), source_of(), settings, folder=tmp_path / "parts", resume=True)
+    assert result.status == "complete"
+    for ours, theirs in zip(again.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
