@@ -51,13 +51,8 @@ def _task(name: str, task: dict[str, Any], path: Path) -> Path:
             axes.spines[:].set_visible(False)
             axes.tick_params(length=0)
         panels[0].set_ylabel(_label(up))
-        figure.colorbar(
-            image,
-            ax=list(panels),
-            format=lambda value, _: f"{100 * value:.0f} %",
-            ticks=[0, 0.5, 1],
-            label="exact answers",
-        )
+        bar = figure.colorbar(image, ax=list(panels), pad=0.02, fraction=0.15 / len(models), label="exact answers")
+        bar.set_ticks([0, 0.5, 1], labels=["0 %", "50 %", "100 %"])
     return path
 
 
