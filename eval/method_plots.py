@@ -36,17 +36,32 @@ def curves(groups: dict[str, Any], target: float, path: str | Path) -> Path:
             axes.axhline(target - 1, color="#333333", linewidth=0.9, linestyle="--")
             axes.annotate(f"{target:g} ×", (1, target - 1), (-2, 3), xycoords=("axes fraction", "data"),
                           textcoords="offset points", fontsize=8, ha="right")  # fmt: skip
-            axes.set_yscale("log")
-            axes.set_xscale("symlog", linthresh=_first(group), linscale=0.4)
-            axes.set_xlim(left=0)
-            ticks = [tick for tick in axes.get_xticks() if tick == 0 or tick >= _first(group)]
-            axes.set_xticks(ticks)
-            axes.xaxis.set_major_formatter(lambda value, _: count_name(value))
+            _scales(axes, _first(group))
             axes.set_xlabel("training tokens, align and glue together")
-            axes.set_ylabel("perplexity over the teacher's, minus one")
+            axes.set_ylabel("perplexity over the teacher's")
             axes.set_title(name)
             axes.legend(fontsize=7.5, ncols=2)
     return Path(path)
+
+
+def _scales(axes: Any, first: float) -> None:
+    """Logarithmic over tokens and over the distance from one; ticks are the values themselves."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+
+    axes.set_yscale("log")
+    axes.set_xscale("symlog", linthresh=first, linscale=0.4)
+    last = axes.get_xlim()[1]
+    axes.set_xlim(0, last)
+    steps = [size * 10**power for power in range(9) for size in (1, 2, 5)]
+    axes.xaxis.set_major_locator(FixedLocator([0, *(step for step in steps if first <= step <= last)]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count_name(value)))
+    axes.xaxis.set_minor_locator(FixedLocator([]))
+    low, high = axes.get_ylim()
+    ratios = (1.001, 1.002, 1.005, 1.01, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
+    axes.yaxis.set_major_locator(FixedLocator([ratio - 1 for ratio in ratios if low <= ratio - 1 <= high]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{1 + value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(FixedLocator([]))
 
 
 def _first(group: dict[str, Any]) -> float:
@@ -86,6 +101,8 @@ def final_kl(groups: dict[str, Any], path: str | Path) -> Path:
     """
     if not groups:
         raise ValueError("nothing to draw: no arm was measured")
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     height = 0.9 + 0.36 * max(len(group["arms"]) for group in groups.values())
     with _figure(path, 0.8 + 4.6 * len(groups), height) as figure:
         for axes, (name, group) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
@@ -101,8 +118,11 @@ def final_kl(groups: dict[str, Any], path: str | Path) -> Path:
             axes.set_xscale("log")
             low, high = axes.get_xlim()
             axes.set_xlim(low, high * (high / low) ** 0.45)
+            axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_yticks(range(len(group["arms"])), [row["arm"] for row in group["arms"]])
             axes.set_ylim(len(group["arms"]) - 0.5, -0.5)
-            axes.set_xlabel("final KL(teacher || student), nats per token; filled: tied with the first")
+            axes.set_xlabel("final KL, nats per token; filled: first or tied")
             axes.set_title(name)
     return Path(path)

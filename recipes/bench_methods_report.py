@@ -12,7 +12,7 @@ from typing import Any
 
 from ..distill.files import write_json, write_text
 from . import bench_methods_arms as arms
-from .bench_methods_stats import TARGET, mean, said, standings, tokens_to
+from .bench_methods_stats import TARGET, Mean, mean, said, standings, tokens_to
 from .units import format_bytes, format_count
 
 OURS = {"linear": "relinear", "window": "relinear_window", "hybrid": "relinear_hybrid"}
@@ -20,6 +20,9 @@ OURS = {"linear": "relinear", "window": "relinear_window", "hybrid": "relinear_h
 
 AGAINST = "radlads"
 """Whose tokens to the target ours are compared with."""
+
+SMALL = "relinear_no_conv"
+"""Our default with a state as small as theirs."""
 
 
 def summary(results: Sequence[dict[str, Any]], target: float = TARGET) -> dict[str, Any]:
@@ -65,6 +68,7 @@ def _group(group: str, results: list[dict[str, Any]], target: float) -> dict[str
     sentences = [f"final KL: {said(place, OURS[group])}"] if OURS[group] in by_arm else []
     if remembered and OURS[group] in recall:
         sentences.append(f"recall: {said(remembered, OURS[group])}")
+    sentences += _equal_state(rows, kl)
     sentences += _speed(rows, OURS[group], target)
     sentences += [line for name in names for line in _window(name, by_arm[name])]
     return {
@@ -73,6 +77,15 @@ def _group(group: str, results: list[dict[str, Any]], target: float) -> dict[str
         "recall": remembered and [asdict(standing) for standing in remembered],
         "said": sentences,
     }
+
+
+def _equal_state(rows: dict[str, dict[str, Any]], kl: dict[str, Mean]) -> list[str]:
+    """How ours without its convolution stands among the arms that carry no more than `AGAINST` does."""
+    if AGAINST not in rows or SMALL not in rows:
+        return []
+    limit = rows[AGAINST]["state_bytes"]
+    found = said(standings({name: kl[name] for name, row in rows.items() if row["state_bytes"] <= limit}), SMALL)
+    return [f"final KL of arms that carry at most {format_bytes(limit)} a layer: {found}"] if found else []
 
 
 def _document_error(found: list[dict[str, Any]]) -> float | None:
