@@ -206,7 +206,7 @@ def _beyond(job: Job, recipe: Recipe, shape: Shape, export: Path) -> dict[str, A
                 value = measure(model, teacher.model, eval_set(session, BRANCH_TOKENS))
                 alone = {key: value[key] for key in ("perplexity_ratio", "perplexity_ratio_stderr", "kl", "kl_stderr")}
                 if remembers:
-                    alone["recall"] = recall(model, tokenizer, seed=1)
+                    alone["recall"] = found["recall"] if branch == "both" else recall(model, tokenizer, seed=1)
             found["branches"][branch] = alone
     return found
 

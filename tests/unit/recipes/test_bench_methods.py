@@ -201,6 +201,15 @@ def test_the_table_says_what_follows(results: list[dict[str, Any]]) -> None:
     assert text.endswith("Failed\nliger, seed 0: ValueError: no")
 
 
+def test_arms_of_equal_state_are_compared_apart(results: list[dict[str, Any]]) -> None:
+    for entry in results:
+        entry["state_bytes"] = 4096 if entry["arm"] == "relinear" else 2048
+    results += [result("relinear_no_conv", seed, 1.05 + 0.001 * seed) for seed in range(3)]
+    said = reports.summary(results)["teachers"]["toy"]["linear"]["said"]
+    assert said[0] == "final KL: relinear: first of 4"
+    assert said[1] == "final KL of arms that carry at most 2 KiB a layer: relinear_no_conv: first of 3"
+
+
 def test_what_is_not_reached_has_no_mean(results: list[dict[str, Any]]) -> None:
     results[0]["curve"] = curve((0, 3.0), (600_000, 1.2))
     group = reports.summary(results)["teachers"]["toy"]["linear"]
