@@ -31,14 +31,14 @@ from .loop import fingerprints, seed_all
 from .stage import Callbacks, StageResult
 from .teacher import Teacher
 
-RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Relative dampings of the output projection from which held-out tokens choose."""
 HELD_OUT = 8
 """One held-out token for so many that are fitted."""
 LOOKED_AT = 16_384
-"""Tokens of which the attention's statistics are taken."""
-SEARCHED = 4_096
-"""Tokens on which the knobs of heads are chosen."""
+"""Tokens, at least, of which the attention's statistics are taken and heads' gates and scales are fitted."""
+PER_CHANNEL = 16
+"""Such tokens for every channel of the layer input, as gates have as many unknowns."""
 
 
 @dataclass(frozen=True)
@@ -183,9 +183,9 @@ def _one_layer(
     for batch in fit:
         given = run_to(teacher, mixers, layer, batch, False)
         one = sample(teacher, mixers, layer, batch, own, given)
-        if seen < LOOKED_AT:
+        if seen < max(LOOKED_AT, PER_CHANNEL * mixer.geometry.hidden_size):
             heads = attention_heads(teacher, layer, given.hidden, given.rotary)
-            one.context = sums.add(heads, batch, contexts=seen < SEARCHED)
+            one.context = sums.add(heads, batch, contexts=True)
         seen += batch.tokens
         samples.append(one)
     stats = sums.result()

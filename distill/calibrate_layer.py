@@ -17,6 +17,10 @@ from .ridge import Gram
 
 SWEEPS = 2
 """How often each knob is tried, with the others as they are by then."""
+SEARCHED = 4_096
+"""Tokens on which knobs are chosen."""
+GATE_DAMPING = 1e-2
+"""Relative damping of the gates' slopes."""
 DAMPING = 1e-6
 """Relative damping of the d x d fits by which a head's candidates are compared."""
 SCALES = (0.1, 10.0)
@@ -28,7 +32,8 @@ class LayerReport:
     """What calibrate did to a layer.
 
     Attributes:
-        kept: `transfer` where nothing helped, `knobs` or `full`: with the output projection.
+        kept: `transfer` where nothing helped; `knobs`; `full`, with the output projection; `gates`, with gates too;
+            `transfer+ridge`: the output projection alone.
         errors: |made - wanted| / |wanted| on held-out tokens, of each of these that was tried.
         ridge: relative damping of the fit that was kept, or None.
         knobs: name -> value of each head.
@@ -92,6 +97,9 @@ def calibrate_layer(
         found.append((output_error(mixer, held), "knobs", _copy(mixer), None))
         if full:
             found.append(_fitted(mixer, fit, held, ridges, "full"))
+            mixer.load_state_dict(found[-2][2])
+            if fit_gates(mixer, [one for one in fit if one.context is not None]):
+                found.append(_fitted(mixer, fit, held, ridges, "gates"))
     report.errors |= {name: error for error, name, _, _ in found}
     if not all(math.isfinite(error) for error in report.errors.values()):
         raise ValueError(f"held-out errors are not finite: {report.errors}")
@@ -143,19 +151,30 @@ def set_knobs(mixer: AttentionMixer, stats: AttentionStats, samples: list[Sample
     if options:
         mixer.calibrate(stats, best)
     if search and options:
-        lowest = _head_errors(mixer, samples, metric)
+        some = _first(samples, SEARCHED)
+        lowest = _head_errors(mixer, some, metric)
         for _ in range(SWEEPS):
             for name, values in options.items():
                 for value in values:
                     trial = {**best, name: torch.full_like(best[name], value)}
                     mixer.calibrate(stats, trial)
-                    errors = _head_errors(mixer, samples, metric)
+                    errors = _head_errors(mixer, some, metric)
                     better = errors < lowest
                     lowest = torch.where(better, errors, lowest)
                     best[name] = torch.where(better, trial[name], best[name])
         mixer.calibrate(stats, best)
     scale_heads(mixer, samples, metric)
     return best
+
+
+def _first(samples: list[Sample], tokens: int) -> list[Sample]:
+    """The first samples, with that many tokens at least."""
+    seen = 0
+    for number, one in enumerate(samples, 1):
+        seen += int(one.real.sum())
+        if seen >= tokens:
+            return samples[:number]
+    return samples
 
 
 def _metric(mixer: AttentionMixer) -> Tensor:
@@ -231,3 +250,35 @@ def scale_heads(mixer: AttentionMixer, samples: list[Sample], metric: Tensor) ->
         scale.mul_(factor.to(scale))
     else:
         mixer.o_proj.weight.mul_(factor.repeat_interleave(mixer.geometry.head_dim).to(mixer.o_proj.weight))
+
+
+def fit_gates(mixer: AttentionMixer, samples: list[Sample]) -> bool:
+    """Each head's gate by least squares, in place: how loud its output is to be, linear in the layer input.
+
+    A recurrence's output grows and shrinks with what was written, where attention averages.
+
+    Returns:
+        False where the mixer has no gate that is open now.
+    """
+    if mixer.gate_inputs(samples[0].hidden[:1, :1]) is None:
+        return False
+    heads, metric = mixer.geometry.num_heads, _metric(mixer)
+    square = cross = None
+    for one in samples:
+        assert one.context is not None
+        given = mixer.gate_inputs(one.hidden)
+        assert given is not None
+        x, f = one.rows(given).double(), features(mixer, one).double().unflatten(-1, (heads, -1))
+        if square is None or cross is None:
+            square, cross = x.new_zeros(heads, x.shape[1], x.shape[1]), x.new_zeros(heads, x.shape[1])
+        weighed = torch.einsum("nhi,hij->nhj", f, metric)
+        loud = (weighed * f).sum(-1)  # (n, H)
+        missing = (weighed * (one.rows(one.context) - f)).sum(-1)
+        for head in range(heads):
+            square[head].addmm_((x * loud[:, head, None]).mT, x)
+        cross += missing.mT @ x
+    assert square is not None and cross is not None
+    damping = GATE_DAMPING * square.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)
+    factor = torch.linalg.cholesky(square + damping[:, None, None] * torch.eye(square.shape[-1], device=square.device))
+    mixer.set_gates(torch.cholesky_solve(cross[..., None], factor)[..., 0])
+    return True

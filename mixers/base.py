@@ -97,7 +97,7 @@ class Mixer(nn.Module):
             self.get_parameter(row.name).copy_(value)
 
     def knobs(self) -> dict[str, tuple[float, ...]]:
-        """What calibrate can set without a gradient: name -> the values it tries in each head, first the one to begin with.
+        """What calibrate can set without a gradient: name -> the values it tries in each head, the first to begin with.
 
         The names are those of the arguments of `calibrate`. Empty where there is nothing to set.
         """

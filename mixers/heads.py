@@ -142,6 +142,17 @@ class AttentionMixer(Mixer):
             asked = knobs["strength"]
             self.set_strength(torch.where(asked > 0, asked, entropy_strength(stats)))
 
+    def gate_inputs(self, x: torch.Tensor) -> torch.Tensor | None:
+        """What a gate that is one everywhere is nearly linear in, (..., R), from the layer input; None without such."""
+        options = self.options
+        open_gate = isinstance(options, GatedOptions) and options.gate == "identity" and options.out_norm != "gated_rms"
+        return x if open_gate else None
+
+    @torch.no_grad()
+    def set_gates(self, slopes: torch.Tensor) -> None:
+        """Have each head's output gated by about 1 + `gate_inputs` . slopes, (H, R), in place."""
+        self.g_proj.weight.copy_((2 * slopes).repeat_interleave(self.geometry.head_dim, 0))  # 2 sigmoid(z) is 1 + z / 2
+
     @property
     def rate_channels(self) -> int:
         """Channels of a head that decay each by itself."""

@@ -90,6 +90,15 @@ class RWKV7(AttentionMixer):
         """See the base class: the removal strength a."""
         self.a0.copy_(torch.logit(strength).repeat_interleave(self.geometry.head_dim))
 
+    def gate_inputs(self, x: torch.Tensor) -> torch.Tensor | None:
+        """See the base class."""
+        return (x @ self.g1).sigmoid() if self.options.gate_init == "identity" else None
+
+    @torch.no_grad()
+    def set_gates(self, slopes: torch.Tensor) -> None:
+        """See the base class: here exact."""
+        self.g2.copy_(slopes.repeat_interleave(self.geometry.head_dim, 0).mT)
+
     def recurrence(
         self,
         x: torch.Tensor,

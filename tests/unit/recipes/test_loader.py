@@ -102,7 +102,7 @@ def test_five_mistakes_are_five_lines_with_their_places(write):
         (
             "- align:",
             "- algin:",
-            "unknown stage 'algin'. Did you mean align? Available: transfer, calibrate, align, glue",
+            "unknown stage 'algin'. Did you mean align? Available: transfer, calibrate, matrix, align, glue",
         ),
         ("- glue:", "- transfer: {name: again}\n  - glue:", "stages.again: transfer cannot follow align"),
         ("lr: 3e-3", "lr: 3e-3, lr_final: 1", "stages.align.lr_final: 1 is higher than lr, which is 0.003"),
