@@ -230,8 +230,15 @@ def stage_settings(recipe: Recipe, stage: TrainingStage, context: int) -> dict[s
 def calibrate_settings(recipe: Recipe, stage: CalibrateStage, context: int) -> dict[str, Any]:
     """A calibrate stage with everything filled in: the arguments of `distill.calibrate.CalibrateSettings`."""
     asked = recipe.data.seq_len if stage.seq_len is None else stage.seq_len
+    method, inputs = stage.method, stage.inputs
+    if method == "auto":
+        method = "taylor" if any(isinstance(other, TrainingStage) for other in recipe.stages) else "full"
+    if inputs == "auto":
+        inputs = "student" if method == "full" else "teacher"
     return {
-        **{name: getattr(stage, name) for name in ("tokens", "batch", "method", "inputs", "ridge")},
+        **{name: getattr(stage, name) for name in ("tokens", "batch", "ridge")},
+        "method": method,
+        "inputs": inputs,
         "seq_len": window(asked, context)[0],
         "seed": recipe.seed if stage.seed is None else stage.seed,
     }
@@ -276,7 +283,9 @@ def _stage(
         settings = calibrate_settings(recipe, stage, teacher.context)
         parts = math.ceil(stage.tokens / (stage.batch * settings["seq_len"]))
         memory = costs.calibrate_memory(teacher, layers, counts, stage.tokens, recipe.teacher.dtype)
-        flops = costs.calibrate_flops(teacher, layers, stage.tokens, settings["seq_len"], stage.inputs == "student")
+        flops = costs.calibrate_flops(
+            teacher, layers, stage.tokens, settings["seq_len"], settings["inputs"] == "student"
+        )
         hours = costs.gpu_hours(flops, gpu, mfu)
         return StagePlan(stage.kind, stage.name, stage.title, settings, parts, 0, memory, flops, hours)
     if not isinstance(stage, TrainingStage):

@@ -251,22 +251,23 @@ class TransferStage(Stage):
 
 
 class CalibrateStage(Stage):
-    """Set decays, strengths and output projections in closed form from a few teacher batches. No gradient step."""
+    """Set decays, strengths and scales, or output projections too, in closed form from a few teacher batches."""
 
     kind = "calibrate"
     title = "closed form, no gradient step"
     tokens: Count = Field(default=64_000, ge=1, description="tokens that are fitted; an eighth as many are held out")
     batch: int = Field(default=8, ge=1, description="sequences per forward pass")
     seq_len: Length | None = Field(default=None, description="window in tokens; data.seq_len if null")
-    method: Literal["full", "taylor"] = Field(
-        default="full",
-        description="full: decays and strengths by a grid, output projection by least squares; taylor: decays, write "
-        "strength and a scale per head as published (Taylor-Calibrate)",
+    method: Literal["auto", "full", "taylor"] = Field(
+        default="auto",
+        description="full: decays and strengths by a grid, gates and output projection by least squares; taylor: "
+        "decays, write strength and a scale per head as published (Taylor-Calibrate); auto: full where no training "
+        "follows, else taylor, from which training ends better",
     )
-    inputs: Literal["student", "teacher"] = Field(
-        default="student",
+    inputs: Literal["auto", "student", "teacher"] = Field(
+        default="auto",
         description="what a layer is fitted on: what the calibrated layers below it make of the text, or the teacher's "
-        "own layer inputs",
+        "own layer inputs; auto: the student's with full, the teacher's with taylor",
     )
     ridge: float | None = Field(
         default=None,

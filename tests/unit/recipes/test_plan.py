@@ -68,7 +68,7 @@ def test_the_published_recipe(folder):
     assert (align.steps, glue.steps) == (6104, 10173)  # the released configurations' own counts (radlads.md 1.5)
     assert (align.settings["seq_len"], glue.settings["seq_len"], extend.settings["seq_len"]) == (512, 512, 16384)
     assert align.settings["schedule"] == "quarter_cosine" and align.settings["lr_final"] == 1e-5
-    assert glue.settings["loss"] == {"kl": 1.0, "reverse_kl": 0.0, "ce": 0.0}
+    assert glue.settings["loss"] == {"kl": 1.0, "reverse_kl": 0.0, "ce": 0.0, "align": 0.0}
     assert align.trained == plan.counts.all_mixers and glue.trained == plan.counts.student
     assert extend.memory["teacher"] == 0 and glue.memory["teacher"] == 2 * plan.counts.teacher
     for stage, published in ((glue, 44), (extend, 8)):  # GPU-hours on MI300X, Table 3
