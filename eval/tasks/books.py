@@ -18,7 +18,7 @@ CHAINS = 4
 
 
 def phone_book(writer: Writer, rng: random.Random, length: int, depth: float) -> Document:
-    """A list of names with numbers; one is asked for.
+    """A list of names with numbers, 2,240 at most; one is asked for.
 
     Args:
         writer: of the documents.
@@ -35,17 +35,17 @@ def phone_book(writer: Writer, rng: random.Random, length: int, depth: float) ->
     names = [f"{name} {key}" for name in NAMES for key in KEYS]
     rng.shuffle(names)
     numbers = draw_numbers(rng, len(names))
-    lines = [
-        writer.encode(f"\n{name}:") + writer.encode(f" {number}") for name, number in zip(names, numbers, strict=True)
-    ]
     # Every line may be the one asked for, which takes its tokens again, and any of them may be the longest.
     room = length - len(writer.first) - len(writer.encode("Phone book"))
-    count, used, longest = 0, 0, 0
-    for line in lines:
+    book: list[int] = []
+    count = longest = 0
+    for name, number in zip(names, numbers, strict=True):
+        line = writer.encode(f"\n{name}:") + writer.encode(f" {number}")
         longest = max(longest, len(line))
-        if used + len(line) + longest > room:
+        if len(book) + len(line) + longest > room:
             break
-        count, used = count + 1, used + len(line)
+        count += 1
+        book += line
     if count < 2:
         raise TooShort(f"length must have room for two lines of a phone book, not {length}")
     chosen = round(depth * (count - 1))
@@ -53,7 +53,7 @@ def phone_book(writer: Writer, rng: random.Random, length: int, depth: float) ->
     wrong = rivals(writer, rng, rng.sample(numbers[:count], count), number, True)
     asking = writer.encode(f"\n{names[chosen]}:")
     ask = Ask(asking, writer.encode(f" {number}"), 1 / count, wrong, number=True)
-    ids = [*writer.first, *writer.encode("Phone book"), *(i for line in lines[:count] for i in line)]
+    ids = [*writer.first, *writer.encode("Phone book"), *book]
     ids += writer.filler(rng, length - len(ids) - len(asking) - len(ask.answer))
     return writer.asked(ids, [ask])
 

@@ -42,7 +42,7 @@ def logprob(model, prefix, ids):
 
 @pytest.mark.parametrize("name", ["needle", "needle-number", "multi-value", "variables"])
 def test_scores_are_those_of_one_pass_per_option(model, tokenizer, name):
-    made = documents(tokenizer, name, 800)
+    made = documents(tokenizer, name, 600)[1:3]
     for document, scores in zip(made, score(model, tokenizer, made), strict=True):
         for answer, found in zip(document.answers, scores, strict=True):
             prefix, ids = document.ids[: answer.start], document.ids[answer.start : answer.end]
