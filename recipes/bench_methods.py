@@ -126,7 +126,7 @@ def run_jobs(wanted: list[Job], grid: Grid, say: Say) -> None:
     expected = estimate(left, grid, say)
     say(
         f"{len(left)} jobs of {format_count(grid.place.tokens)} tokens each, {grid.jobs} at a time: about "
-        f"{_hours(sum(expected.values()) / grid.jobs)}. Ctrl-C stops; the same command goes on"
+        f"{_hours(sum(expected.values()) / grid.jobs)} on idle cores. Ctrl-C stops; the same command goes on"
     )
     clock = _Clock(left, expected, grid.jobs, say)
     _in_process(left, clock) if grid.jobs == 1 else _in_processes(left, grid, clock)

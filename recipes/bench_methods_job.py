@@ -239,7 +239,7 @@ def rounded(value: Any) -> Any:
 
 
 def expected_seconds(recipes: list[Recipe], teacher: Teacher, known: dict[str, Any]) -> float:
-    """How long an arm will take in one process on one thread, from a few steps that are timed here.
+    """How long an arm will take in one process on an idle core, from a few steps that are timed here.
 
     Args:
         recipes: of the arm.
@@ -257,13 +257,19 @@ def expected_seconds(recipes: list[Recipe], teacher: Teacher, known: dict[str, A
             known[student] = _timed(teacher, layers.converted, batch, length)
         before, after, forward = known[student]
         total += sum(stage.tokens * (before if stage.kind in BEFORE else after) for stage in trained)
-        measured = EVALUATIONS * EVAL_TOKENS + FINAL_TOKENS
+        measured = EVALUATIONS * EVAL_TOKENS + min(FINAL_TOKENS, _held_out(recipe))
         total += forward * measured * sum(stage.tokens for stage in trained) / max(1, _all_tokens(recipes))
     return total
 
 
 _FIXED = 12.0
 """Seconds of a job that training does not account for: starting, reading text, exporting."""
+
+
+def _held_out(recipe: Recipe) -> int:
+    """At most so many held-out tokens: two bytes make one at least."""
+    valid = recipe.data.valid
+    return Path(valid).stat().st_size // 2 if isinstance(valid, str) and Path(valid).is_file() else FINAL_TOKENS
 
 
 def _all_tokens(recipes: list[Recipe]) -> int:
@@ -295,12 +301,12 @@ def _timed(teacher: Teacher, plan: Any, batch: int, length: int) -> tuple[float,
 
 
 def _fastest(step: Callable[[], None], tokens: int) -> float:
-    """Seconds per token of the faster of two calls, after one that warms up."""
+    """Seconds per token of the faster of two calls, after one that warms up; of this process, whatever others do."""
     seconds = []
     for _ in range(3):
-        began = time.perf_counter()
+        began = time.process_time()
         step()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
     return min(seconds[1:]) / tokens
 
 
