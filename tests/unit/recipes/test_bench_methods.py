@@ -35,6 +35,7 @@ ABLATIONS = {
     "relinear_window": {"mixers"},
     "relinear_hybrid": {"layers"},
     "relinear_no_conv": {"mixers"},
+    "relinear_apart": {"stages"},
     "mlp_frozen": {"stages"},
     "align_skipped": {"stages"},
     "window_alone": {"layers", "mixers"},
@@ -102,7 +103,9 @@ def test_an_ablation_differs_in_what_it_says_only(name: str, place: arms.Place) 
                 (("default", default), ("other", other))}  # fmt: skip
         assert glue["default"].keys() - glue["other"].keys() == {"align"}
         changed = {k for k, v in glue["default"]["glue"].items() if glue["other"]["glue"][k] != v}
-        assert changed <= {"tokens", "warmup"}  # a warm-up is at most a tenth of its stage
+        assert changed <= {"tokens", "warmup", "loss"}  # a warm-up is at most a tenth of its stage
+        weights = {n: g["glue"]["loss"] for n, g in glue.items()}
+        assert weights["other"] == weights["default"] | {"align": 0.0}
 
 
 def test_rates_are_scaled_apart(place: arms.Place) -> None:
