@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from ..mixers import registry
+from .fields import Section, Words
 from .schema import (
     STAGES,
     AttentionSection,
@@ -20,10 +21,8 @@ from .schema import (
     LossWeights,
     OverrideSection,
     Recipe,
-    Section,
     Stage,
     TrainingStage,
-    Words,
 )
 
 _HEADER = ["| key | value | default | meaning |", "|---|---|---|---|"]

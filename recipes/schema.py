@@ -7,13 +7,10 @@ naming the place of an error is `loader.py`'s work.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     PrivateAttr,
@@ -24,84 +21,12 @@ from pydantic import (
 
 from ..mixers import registry
 from . import rules
+from .fields import Betas, Count, Faults, HeldOut, LayerChoice, Length, MixerName, Section, Seed, Suites, Weight, Words
 from .layers import FORMS, check_form
-from .units import COUNT_WORDS, listed, parse_count
+from .units import COUNT_WORDS
 
 SCHEMA = 1
 EMBEDDED = "embedded"  # in teacher.model and data.source: what the package brings along
-
-
-@dataclass(frozen=True)
-class Words:
-    """How a key's type is named in errors and in the reference, where the annotation alone says too little."""
-
-    text: str
-
-
-class Faults(ValueError):
-    """Several mistakes below one key, each with its path from there."""
-
-    def __init__(self, items: list[tuple[tuple[str | int, ...], str]]) -> None:
-        super().__init__("; ".join(message for _, message in items))
-        self.items = items
-
-
-class Section(BaseModel):
-    """Base of all sections: nothing unknown, nothing coerced, nothing changed afterwards."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-def _length(value: Any) -> Any:
-    if value == "auto":
-        return value
-    try:
-        length = parse_count(value)
-    except ValueError:
-        length = 0
-    if length < 2:
-        raise ValueError(f"expected auto or a number of tokens, at least 2, such as 512, found {value!r}")
-    return length
-
-
-def _held_out(value: Any) -> Any:
-    if isinstance(value, str) and value:
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 0.5:
-        return float(value)
-    raise ValueError(f"expected a file, or a share of the documents above 0 and up to 0.5, found {value!r}")
-
-
-def _betas(value: Any) -> Any:
-    parts = value.split(",") if isinstance(value, str) else value
-    try:
-        first, second = (float(part) for part in parts)
-    except (TypeError, ValueError):
-        raise ValueError(f"expected two numbers such as [0.9, 0.95], found {value!r}") from None
-    if not (0 <= first < 1 and 0 <= second < 1):
-        raise ValueError(f"both betas lie from 0 to below 1, found {value!r}")
-    return (first, second)
-
-
-def _choice(value: Any) -> Any:
-    return None if value is None else check_form(value)
-
-
-def _mixer_name(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"expected the name of a mixer, found {value!r}. Available: {', '.join(registry.names())}")
-    return registry.resolve(value)
-
-
-Count = Annotated[int, BeforeValidator(parse_count), Words("count")]
-Length = Annotated[int | Literal["auto"], BeforeValidator(_length), Words("tokens or auto")]
-LayerChoice = Annotated[Any, BeforeValidator(_choice), Words("layers")]
-MixerName = Annotated[str, BeforeValidator(_mixer_name), Words("mixer")]
-HeldOut = Annotated[str | float, BeforeValidator(_held_out), Words("file or share")]
-Suites = Annotated[list[Literal["quick", "recall"]], BeforeValidator(listed), Words("`quick`, `recall` or a list")]
-Betas = Annotated[tuple[float, float], BeforeValidator(_betas), Field(strict=False), Words("two numbers")]
-Weight = Annotated[float, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class TeacherSection(Section):
