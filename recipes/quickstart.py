@@ -154,13 +154,12 @@ def _rows(
                 "recall": recall(model, teacher.tokenizer),
                 "cache_bytes": cache_bytes(model, LENGTHS),
             }
-    align = linear["stages"][0]
     spent = {
         "all-linear": {"tokens": linear["tokens"], "seconds": linear["seconds"]},
-        # The hybrid's own training and the align that it shares with the other run.
+        # The hybrid's own training, and what it shares with the other run.
         "hybrid": {
-            "tokens": hybrid["tokens"] + align["tokens"],
-            "seconds": hybrid["seconds"] + align["seconds"],
+            "tokens": hybrid["tokens"] + linear["tokens"] - _of("glue", linear)["tokens"],
+            "seconds": hybrid["seconds"] + linear["seconds"] - _of("glue", linear)["seconds"],
         },
     }
     rows = [Row.of_teacher("teacher", linear["fidelity"], **measured["teacher"])]
@@ -168,6 +167,11 @@ def _rows(
         rows.append(Row.of_student(name, result["fidelity"], **measured[name], **spent[name]))
     rows[2] = replace(rows[2], name=f"hybrid (keeps {layer})")
     return rows, models, {name: values["recall"]["cells"] for name, values in measured.items()}
+
+
+def _of(name: str, result: dict[str, Any]) -> dict[str, Any]:
+    """What a run says of one of its stages."""
+    return next(stage for stage in result["stages"] if stage["name"] == name)
 
 
 def _verified(export: Path, progress: Progress) -> dict[str, Any]:

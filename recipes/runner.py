@@ -351,7 +351,7 @@ def _finish(session: Session) -> dict[str, Any]:
         "measured": session.measured,
         "fidelity": fidelity,
         "recall": recall,
-        "tokens": sum(r.tokens for r in session.results),
+        "tokens": _trained_tokens(session),
         "seconds": round(sum(r.seconds for r in session.results), 1),
         "environment": checkpoint.environment(),
     }
@@ -381,8 +381,13 @@ def result_rows(session: Session, fidelity: dict[str, Any] | None) -> list[Row]:
     """Teacher and student as rows of the summary table."""
     if fidelity is None:
         return []
-    spent = {"tokens": sum(r.tokens for r in session.results), "seconds": sum(r.seconds for r in session.results)}
+    spent = {"tokens": _trained_tokens(session), "seconds": sum(r.seconds for r in session.results)}
     return [Row.of_teacher("teacher", fidelity), Row.of_student("student", fidelity, **spent)]
+
+
+def _trained_tokens(session: Session) -> int:
+    """Tokens of all stages that train; what calibrate looks at is not among them."""
+    return sum(result.tokens for result in session.results if result.metrics)
 
 
 def _stage_summary(result: StageResult) -> dict[str, Any]:
