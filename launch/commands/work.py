@@ -62,6 +62,10 @@ def run(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Run folder; the same as save.dir=DIR.", show_default=False)
     ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Take that run's mixers instead of transferring anew.", show_default=False),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop before any work.")] = False,
     json: Json = False,
 ) -> None:
@@ -76,10 +80,11 @@ def run(
     from ...recipes.runner import run as work
 
     with Progress() as progress:
-        result = work(load(recipe, changes), resume=resume, max_hours=max_hours, progress=progress)
+        result = work(load(recipe, changes), resume=resume, max_hours=max_hours, progress=progress, start=start)
     _report(result, json)
     if result["status"] == "stopped":
-        next_command(command_line("run", recipe, [*changes, "--resume"]))
+        going_on = [*changes, *([] if start is None else ["--start", str(start)]), "--resume"]
+        next_command(command_line("run", recipe, going_on))
 
 
 def _report(result: dict[str, Any], json: bool) -> None:
