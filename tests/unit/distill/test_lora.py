@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,21 +96,22 @@ def test_only_adapters_train_and_the_end_is_an_ordinary_student(
     assert commit.weights().keys() == {name for name in after if name != "lm_head.weight"}  # tied
 
 
+@pytest.mark.parametrize("average", [None, 0.9])
 def test_stopped_and_resumed_gives_the_same_bits(
-    teacher: Teacher, student_of: Callable[[], Any], source_of: Any, tmp_path: Path
+    teacher: Teacher, student_of: Callable[[], Any], source_of: Any, tmp_path: Path, average: float | None
 ) -> None:
-    whole = student_of()
-    run_stage(glue_stage(teacher, whole, SETTINGS), source_of(), SETTINGS, folder=tmp_path / "a")
+    whole, settings = student_of(), replace(SETTINGS, average=average)
+    run_stage(glue_stage(teacher, whole, settings), source_of(), settings, folder=tmp_path / "a")
     steps: list[int] = []
     callbacks = Callbacks(progress=lambda record: steps.append(record["step"]), should_stop=lambda: len(steps) == 3)
     stopped = run_stage(
-        glue_stage(teacher, student_of(), SETTINGS), source_of(), SETTINGS, folder=tmp_path / "b", callbacks=callbacks
+        glue_stage(teacher, student_of(), settings), source_of(), settings, folder=tmp_path / "b", callbacks=callbacks
     )
     assert stopped.status == "stopped"
     for _ in range(2):  # the second time the stage is complete, and loaded
         again = student_of()
-        stage = glue_stage(teacher, again, SETTINGS)
-        assert run_stage(stage, source_of(), SETTINGS, folder=tmp_path / "b", resume=True).status == "complete"
+        stage = glue_stage(teacher, again, settings)
+        assert run_stage(stage, source_of(), settings, folder=tmp_path / "b", resume=True).status == "complete"
         for name, value in whole.state_dict().items():
             assert torch.equal(value, again.state_dict()[name]), name
 
