@@ -95,7 +95,7 @@ def run_calibrate(
         deadline: `time.monotonic()` after which no further layer starts.
 
     Returns:
-        Its `report` holds what the JSON does. A stage that was stopped has committed nothing and starts anew.
+        Its `report` holds what the JSON does. A stage that was stopped has committed the layers that were done.
 
     Raises:
         UserError: the folder holds this stage and `resume` is False, or holds it with other settings or teacher.
@@ -104,37 +104,47 @@ def run_calibrate(
     folder, callbacks = Path(folder), callbacks or Callbacks()
     store = Checkpoints(folder / "checkpoints")
     module = align_module(mixers)
-    found = store.newest(name)
+    wanted, found, rows = sorted(mixers) if layers is None else sorted(layers), store.newest(name), {}
+    state: dict[str, Any] = {"best": None, "settings": dataclasses.asdict(settings), "seconds": 0.0}
+    state["fingerprints"] = {"frozen": fingerprints(teacher.model.state_dict())}
     if found is not None:
-        return _take_up(found, module, teacher, settings, folder, name, resume, callbacks)
+        rows = _take_up(found, state, module, folder, resume)
+        state["seconds"] = found.state["seconds"]
+        if found.complete:
+            callbacks.message(f"{name}: complete, loaded from {found.path}")
+            result = StageResult(**found.state["result"], path=found.path)
+            files.write_json(folder / f"{name}.json", result.report)
+            return result
+        callbacks.message(f"{name}: goes on from {found.path} ({len(rows)} of {len(wanted)} layers)")
+    start = time.perf_counter() - state["seconds"]
     seed_all(settings.seed)
-    start = time.perf_counter()
     fit, held = calibration_batches(source, settings.tokens, next(teacher.model.parameters()).device)
-    before = {"frozen": fingerprints(teacher.model.state_dict()), "trained": fingerprints(module.state_dict())}
-    wanted, rows = sorted(mixers) if layers is None else sorted(layers), {}
-    done = 0
-    for number, layer in enumerate(wanted, 1):
+    spent = sum(one.tokens for one in fit)
+    for number, layer in enumerate(wanted[len(rows) :], len(rows)):
+        state |= {"tokens": spent * number // len(wanted), "rows": rows, "seconds": time.perf_counter() - start}
         if callbacks.should_stop() or (deadline is not None and time.monotonic() >= deadline):
-            return StageResult(name, "stopped", 0, 0, time.perf_counter() - start, {}, None, [], {}, store.folder)
+            commit = store.commit(name, number, module_tensors(module), state)
+            return StageResult(
+                name, "stopped", number, state["tokens"], state["seconds"], {}, None, [], {}, commit.path
+            )
         try:
             rows[str(layer)] = _one_layer(teacher, mixers, layer, fit, held, settings)
         except (ValueError, RuntimeError) as error:  # torch's solvers raise RuntimeErrors
             raise RunFailed(f"{name}: layer {layer} ({mixers[layer].spec.name}): {error}. {_mend(name)}") from error
-        done = sum(one.tokens for one in fit) * number // len(wanted)
-        callbacks.progress({"stage": name, "step": number, "tokens": done, "loss": rows[str(layer)]["calibrated"]})
-    if before["frozen"] != fingerprints(teacher.model.state_dict()):
+        done = spent * (number + 1) // len(wanted)
+        callbacks.progress({"stage": name, "step": number + 1, "tokens": done, "loss": rows[str(layer)]["calibrated"]})
+    if state["fingerprints"]["frozen"] != fingerprints(teacher.model.state_dict()):
         raise RunFailed(f"{name}: the teacher changed. This is an error of relinear, not of your input")
     report = {
         "method": settings.method,
         "inputs": settings.inputs,
-        "tokens": sum(one.tokens for one in fit),
+        "tokens": spent,
         "held_out_tokens": sum(one.tokens for one in held),
         "layers": rows,
     }
-    result = StageResult(
-        name, "complete", len(wanted), done, time.perf_counter() - start, {}, None, [], report, store.folder
-    )
-    state = {"tokens": done, "best": None, "settings": dataclasses.asdict(settings), "fingerprints": before}
+    seconds = time.perf_counter() - start
+    result = StageResult(name, "complete", len(wanted), spent, seconds, {}, None, [], report, store.folder)
+    state |= {"tokens": spent, "rows": rows, "seconds": seconds}
     state["result"] = {key: value for key, value in result.__dict__.items() if key != "path"}
     commit = store.commit(name, len(wanted), module_tensors(module), state, complete=True)
     files.write_json(folder / f"{name}.json", report)
@@ -158,8 +168,7 @@ def teacher_errors(teacher: Teacher, mixers: dict[int, Mixer], batches: list[Bat
     errors = {}
     for layer, mixer in mixers.items():
         samples = [_held(teacher, mixers, layer, batch) for batch in batches]
-        with torch.no_grad():
-            errors[layer] = output_error(mixer, samples)
+        errors[layer] = output_error(mixer, samples)
     return errors
 
 
@@ -218,37 +227,29 @@ def _one_layer(
 
 
 def _take_up(
-    found: Checkpoint,
-    module: torch.nn.Module,
-    teacher: Teacher,
-    settings: CalibrateSettings,
-    folder: Path,
-    name: str,
-    resume: bool,
-    callbacks: Callbacks,
-) -> StageResult:
-    """The stage as a commit holds it."""
+    found: Checkpoint, now: dict[str, Any], module: torch.nn.Module, folder: Path, resume: bool
+) -> dict[str, Any]:
+    """Load a commit into the mixers; the rows of the layers that were done."""
     if not resume:
         raise UserError(
-            f"{folder}: already holds stage {name!r}. Continue it with --resume, or choose another folder: --out DIR"
+            f"{folder}: already holds stage {found.stage!r}. Continue it with --resume, or choose another folder: "
+            "--out DIR"
         )
-    for key, value in dataclasses.asdict(settings).items():
+    for key, value in now["settings"].items():
         if found.state["settings"].get(key) != value:
             raise UserError(
-                f"{found.path}: was made with {name}.{key} = {found.state['settings'].get(key)}, now it is {value}. "
-                "Set it back to resume, or start in a new folder: --out DIR"
+                f"{found.path}: was made with {found.stage}.{key} = {found.state['settings'].get(key)}, now it is "
+                f"{value}. Set it back to resume, or start in a new folder: --out DIR"
             )
-    if found.state["fingerprints"]["frozen"] != fingerprints(teacher.model.state_dict()):
+    before, frozen = found.state["fingerprints"]["frozen"], now["fingerprints"]["frozen"]
+    changed = sorted(key for key in before.keys() | frozen.keys() if before.get(key) != frozen.get(key))
+    if changed:
         raise UserError(
-            f"{found.path}: was made with another teacher. Resume with the teacher that the run began with, or start "
-            "in a new folder: --out DIR"
+            f"{found.path}: was made with another teacher ({len(changed)} tensors differ, e.g. {changed[0]}). Resume "
+            "with the teacher that the run began with, or start in a new folder: --out DIR"
         )
     load_module(module, found.weights(), found.path)
-    callbacks.message(f"{name}: complete, loaded from {found.path}")
-    result = StageResult(**found.state["result"], path=found.path)
-    if not (folder / f"{name}.json").exists():
-        files.write_json(folder / f"{name}.json", result.report)
-    return result
+    return dict(found.state["rows"])
 
 
 def _mend(name: str) -> str:

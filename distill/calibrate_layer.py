@@ -45,6 +45,7 @@ class LayerReport:
     knobs: dict[str, list[float]] = field(default_factory=dict)
 
 
+@torch.no_grad()
 def output_error(mixer: Mixer, samples: list[Sample]) -> float:
     """|made - wanted| / |wanted| over all samples."""
     wrong = norm = 0.0

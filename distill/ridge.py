@@ -71,6 +71,7 @@ class Gram:
 
     def error(self, weight: Tensor) -> float:
         """|X W - Y| / |Y| for W (features [+ 1], targets); 0 where Y is zero and met."""
+        weight = weight.to(self.square)
         rest = (weight * (self.square @ weight - 2 * self.cross)).sum() + self.norm
         if float(self.norm) == 0.0:
             return 0.0 if float(rest) <= 0.0 else float("inf")

@@ -30,6 +30,7 @@ def test_logits_are_those_of_the_cpu(any_teacher: Path, mixer: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_whole_run(llama: Path, story_file: Path, tmp_path: Path, precision: str) -> None:
     changes = ["engine.device=cuda", f"engine.precision={precision}", "stages.align.tokens=8k", "stages.glue.tokens=8k"]
+    changes.append("stages.calibrate.tokens=2k")
     given = [f"teacher.model={llama}", f"data.source={story_file}", f"save.dir={tmp_path / 'run'}", "data.seq_len=64"]
     result = runner.run(loader.load("rwkv7", [*given, *changes]))
     assert result["fidelity"]["kl"] < result["measured"]["transfer"]["kl"]

@@ -9,7 +9,13 @@ import pytest
 
 from relinear.launch.main import main
 
-SMALL = ["stages.align.tokens=8k", "stages.glue.tokens=8k", "data.seq_len=64", "eval.tokens=1k"]
+SMALL = [
+    "stages.calibrate.tokens=1k",
+    "stages.align.tokens=8k",
+    "stages.glue.tokens=8k",
+    "data.seq_len=64",
+    "eval.tokens=1k",
+]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,13 @@ import pytest
 from relinear.launch.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["stages.align.tokens=4k", "stages.glue.tokens=4k", "data.seq_len=64", "eval.tokens=1k"]
+SMALL = [
+    "stages.calibrate.tokens=1k",
+    "stages.align.tokens=4k",
+    "stages.glue.tokens=4k",
+    "data.seq_len=64",
+    "eval.tokens=1k",
+]
 
 
 def commands(page: Path) -> list[str]:

@@ -23,6 +23,7 @@ def run(request, make_teacher, story_file, tmp_path_factory) -> Path:
         f"data.source={story_file}",
         f"save.dir={out}",
         "data.seq_len=64",
+        "stages.calibrate.tokens=1k",
         "stages.align.tokens=3k",
         "stages.glue.tokens=1k",
         "eval.tokens=1k",

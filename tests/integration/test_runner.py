@@ -26,6 +26,7 @@ from relinear.launch.main import main
 from relinear.recipes import loader, runner
 
 SMALL = [
+    "stages.calibrate.tokens=1k",
     "stages.align.tokens=4k",
     "stages.glue.tokens=4k",
     "stages.align.batch=4",
@@ -60,17 +61,17 @@ def first(teacher: Path, story_file: Path, tmp_path_factory: pytest.TempPathFact
 
 def test_result_says_what_happened(first: Path) -> None:
     result = json.loads((first / "result.json").read_text())
-    assert [stage["name"] for stage in result["stages"]] == ["align", "glue"]
-    assert result["measured"].keys() == {"transfer", "align"}
+    assert [stage["name"] for stage in result["stages"]] == ["calibrate", "align", "glue"]
+    assert result["measured"].keys() == {"transfer", "calibrate", "align"}
     assert result["layers"] == {"drawing": "LLL", "kept": []}
-    changed = result["stages"][1]["changed_teacher_tensors"]
+    changed = result["stages"][2]["changed_teacher_tensors"]
     assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight"} <= set(changed)
     report = json.loads((first / "transfer.json").read_text())
     assert report["0"]["copied"]["q_proj.weight"] == "q_proj.weight"
     card = (first / "export" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n") and "| 0, 1, 2 | gated_deltanet |" in card
     assert f"{result['fidelity']['kl']:.4f}" in card and "schema: 1" in card and "base_model" not in card
-    for name in ("recipe.yaml", "metrics.jsonl", "loss.png", "result.txt", "export/recipe.yaml"):
+    for name in ("recipe.yaml", "metrics.jsonl", "loss.png", "calibrate.json", "calibrate.png", "result.txt"):
         assert (first / name).stat().st_size > 0
 
 
@@ -79,7 +80,8 @@ def test_the_export_is_the_best_step(first: Path, teacher: Path) -> None:
     lines = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
     scores = {line["step"]: line["eval"]["score"] for line in lines if line["stage"] == "glue" and "eval" in line}
     assert len(scores) > 3 and result["step"] == min(scores, key=lambda step: scores[step])
-    assert result["fidelity"]["kl"] < result["measured"]["align"]["kl"] < result["measured"]["transfer"]["kl"]
+    measured = {name: value["kl"] for name, value in result["measured"].items()}
+    assert result["fidelity"]["kl"] < measured["align"] < measured["calibrate"] < measured["transfer"]
 
 
 def test_the_same_recipe_gives_the_same_bits(first: Path, teacher: Path, story_file: Path, tmp_path: Path) -> None:
