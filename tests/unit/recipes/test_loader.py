@@ -109,7 +109,7 @@ def test_five_mistakes_are_five_lines_with_their_places(write):
         ("lr: 3e-3", "lr: -1", "stages.align.lr: expected a number above 0, found -1"),
         ("lr: 3e-3", "lr: .nan", "stages.align.lr: expected a finite number, found nan"),
         ("lr: 3e-3", "learning_rate: 3e-3", "stages.align.learning_rate: unknown key. Did you mean lr?"),
-        ("lr: 3e-3", "loss: kl", "stages.align.loss: expected one of l2, mse, cosine, found 'kl'"),
+        ("lr: 3e-3", "loss: kl", "stages.align.loss: expected one of l2, mse, relative, cosine, found 'kl'"),
         ("tokens: 2M, ", "", "stages.align.tokens: required; add stages.align.tokens=2M to the command"),
         ("lr: 3e-3", "batch: 8, micro_batch: 3", "stages.align.micro_batch: 3 does not divide batch, which is 8"),
         ("lr: 3e-3", "batch: yes", "stages.align.batch: expected a whole number, found 'yes'"),
