@@ -75,6 +75,35 @@ def test_result_says_what_happened(first: Path) -> None:
         assert (first / name).stat().st_size > 0
 
 
+def test_every_layer_is_followed_from_random_to_aligned(first: Path) -> None:
+    report = json.loads((first / "calibrate.json").read_text())
+    assert (report["method"], report["inputs"], list(report["layers"])) == ("taylor", "teacher", ["0", "1", "2"])
+    for row in report["layers"].values():
+        assert row["aligned"] < row["calibrated"] <= row["transfer"] and row["random"] == pytest.approx(1, abs=0.1)
+
+
+def test_calibrated_and_nothing_else(first: Path, teacher: Path, story_file: Path, tmp_path: Path) -> None:
+    """A run without training; and one whose mixers are trained already, which calibrate leaves alone."""
+    calibrate = {"tokens": "1k", "batch": 4}
+    given = [f"teacher.model={teacher}", f"data.source={story_file}", "data.seq_len=64", "eval.tokens=1k"]
+
+    def load(name: str, *stages: dict[str, Any]) -> Any:
+        return loader.load("rwkv7", [*given, "layers.mixer=gated_deltanet", f"save.dir={tmp_path / name}",
+                                     f"stages={[{'transfer': {}}, {'calibrate': calibrate}, *stages]}",
+                                     "mixers.gated_deltanet={conv: 4, expand_kv: true}"])  # fmt: skip
+
+    alone = runner.run(load("alone"))
+    assert [stage["name"] for stage in alone["stages"]] == ["calibrate"] and alone["stages"][0]["method"] == "full"
+    assert alone["measured"]["calibrate"]["kl"] < alone["measured"]["transfer"]["kl"]
+    assert not (tmp_path / "alone" / "loss.png").exists()
+    again = export(tmp_path / "alone", "last", tmp_path / "again")
+    made, kept = load_file(again / "model.safetensors"), weights(tmp_path / "alone")
+    assert all(torch.equal(made[name], kept[name]) for name in kept)
+    later = runner.run(load("later", {"glue": {"tokens": "1k", "batch": 4, "lr": 1e-9}}), start=first)
+    assert [stage["name"] for stage in later["stages"]] == ["glue"]
+    assert not (tmp_path / "later" / "calibrate.json").exists()
+
+
 def test_the_export_is_the_best_step(first: Path, teacher: Path) -> None:
     result = json.loads((first / "result.json").read_text())
     lines = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
