@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Threads = Annotated[int, typer.Option(min=1, help="Threads of torch; more than there are idle cores slow it down.")]
 app = typer.Typer(
-    help="Measure speed as ratios within one run, and methods side by side.",
+    help="Measure speed as ratios, and methods side by side.",
     no_args_is_help=True,
     rich_markup_mode=None,
     epilog=examples("relinear bench align embedded", then="relinear bench decode runs/quickstart/all-linear/export"),
