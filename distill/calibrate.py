@@ -49,7 +49,8 @@ class CalibrateSettings:
         tokens: non-padding input tokens that are fitted; an eighth as many more are held out.
         batch: sequences per forward.
         seq_len: positions of a sequence.
-        method: `full`, or `taylor`: decays, strengths and scales as published, no fit of the output projection.
+        method: `full`; `taylor`: decays, strengths and scales as published, no fit of the output projection; `spread`:
+            the same with half-lives spread over heads.
         inputs: `student`: from the bottom up, each layer on what the calibrated layers below it make, towards the
             teacher's residual stream; `teacher`: each layer on the teacher's own inputs.
         ridge: relative damping of the output projection; None lets held-out tokens choose among `RIDGES`.
@@ -60,7 +61,7 @@ class CalibrateSettings:
     tokens: int = 64_000
     batch: int = 8
     seq_len: int = 512
-    method: Literal["full", "taylor"] = "full"
+    method: Literal["full", "taylor", "spread"] = "full"
     inputs: Literal["teacher", "student"] = "student"
     ridge: float | None = None
     window: int = 64
@@ -186,7 +187,7 @@ def _one_layer(
     settings: CalibrateSettings,
 ) -> dict[str, Any]:
     """Calibrate a layer; its row of the report."""
-    mixer, own, full = mixers[layer], settings.inputs == "student", settings.method == "full"
+    mixer, own = mixers[layer], settings.inputs == "student"
     sums = StatsSum(mixer.geometry.num_heads, settings.seq_len, settings.window)
     samples, seen = [], 0
     for batch in fit:
@@ -207,7 +208,7 @@ def _one_layer(
     errors = {"random": output_error(fresh.to(theirs[0].hidden.device), theirs)}
     errors["transfer"] = output_error(mixer, theirs)
     ridges = RIDGES if settings.ridge is None else (settings.ridge,)
-    made: LayerReport = calibrate_layer(mixer, stats, samples, mine, ridges, full)
+    made: LayerReport = calibrate_layer(mixer, stats, samples, mine, ridges, settings.method)
     errors["calibrated"] = output_error(mixer, theirs)
     if not all(math.isfinite(value) for value in errors.values()):
         raise ValueError(f"errors are not finite: {errors}")

@@ -23,6 +23,8 @@ GATE_DAMPING = 1e-2
 """Relative damping of the gates' slopes."""
 DAMPING = 1e-6
 """Relative damping of the d x d fits by which a head's candidates are compared."""
+SPREAD = 16.0
+"""Of heads' half-lives, up and down."""
 SCALES = (0.1, 10.0)
 """Bounds of a head's output scale (Taylor-Calibrate, iii)."""
 
@@ -69,7 +71,7 @@ def features(mixer: Any, one: Sample) -> Tensor:
 
 @torch.no_grad()
 def calibrate_layer(
-    mixer: Mixer, stats: AttentionStats, fit: list[Sample], held: list[Sample], ridges: tuple[float, ...], full: bool
+    mixer: Mixer, stats: AttentionStats, fit: list[Sample], held: list[Sample], ridges: tuple[float, ...], method: str
 ) -> LayerReport:
     """Calibrate a mixer in place; it stays as it is where held-out tokens say that nothing helps.
 
@@ -79,11 +81,13 @@ def calibrate_layer(
         fit: samples to fit; those with a context choose the knobs.
         held: other samples, which decide.
         ridges: relative dampings of the output projection, of which held-out tokens choose.
-        full: fit the output projection and try knobs; else decays, strengths and scales alone (Taylor-Calibrate).
+        method: `full`: fit the output projection and try knobs; `taylor`: decays, strengths and scales alone
+            (Taylor-Calibrate); `spread`: the same, with each head's half-life times a factor of its own.
 
     Raises:
         ValueError: something is not finite.
     """
+    full = method == "full"
     before = {name: value.clone() for name, value in mixer.state_dict().items()}
     report = LayerReport("transfer", {"transfer": output_error(mixer, held)})
     found: list[tuple[float, str, dict[str, Tensor], float | None]] = [
@@ -93,7 +97,8 @@ def calibrate_layer(
         found.append(_fitted(mixer, fit, held, ridges, "transfer+ridge"))
         mixer.load_state_dict(before)
     if isinstance(mixer, AttentionMixer):
-        chosen = set_knobs(mixer, stats, [one for one in fit if one.context is not None], search=full)
+        contexts = [one for one in fit if one.context is not None]
+        chosen = set_knobs(mixer, stats, contexts, search=full, spread=method == "spread")
         report.knobs = {name: [round(v, 6) for v in value.tolist()] for name, value in chosen.items()}
         found.append((output_error(mixer, held), "knobs", _copy(mixer), None))
         if full:
@@ -134,7 +139,9 @@ def _fitted(
     return grams[1].error(best), name, _copy(mixer), ridge
 
 
-def set_knobs(mixer: AttentionMixer, stats: AttentionStats, samples: list[Sample], search: bool) -> dict[str, Tensor]:
+def set_knobs(
+    mixer: AttentionMixer, stats: AttentionStats, samples: list[Sample], search: bool, spread: bool = False
+) -> dict[str, Tensor]:
     """Set what the mixer can set, head by head, so that a linear map of each head's output meets the teacher's head.
 
     Args:
@@ -142,12 +149,17 @@ def set_knobs(mixer: AttentionMixer, stats: AttentionStats, samples: list[Sample
         stats: of its attention.
         samples: with contexts.
         search: try all values that the mixer names; else take the first.
+        spread: where a head has one decay, the heads' half-lives lie from 1 / `SPREAD` to `SPREAD` times what they look
+            back, instead of at that: mean distances are alike where most attention is diffuse, and no head remembers.
 
     Returns:
         The values chosen, (H,) each.
     """
     heads, options = mixer.geometry.num_heads, mixer.knobs()
     best = {name: torch.full((heads,), values[0], dtype=torch.float64) for name, values in options.items()}
+    if spread and mixer.decays == "head" and "reach" in best:
+        ends = math.log(SPREAD)
+        best["reach"] = best["reach"] * torch.linspace(-ends, ends, heads, dtype=torch.float64).exp()
     metric = _metric(mixer)
     if options:
         mixer.calibrate(stats, best)

@@ -232,7 +232,7 @@ def calibrate_settings(recipe: Recipe, stage: CalibrateStage, context: int) -> d
     asked = recipe.data.seq_len if stage.seq_len is None else stage.seq_len
     method, inputs = stage.method, stage.inputs
     if method == "auto":
-        method = "taylor" if any(isinstance(other, TrainingStage) for other in recipe.stages) else "full"
+        method = "spread" if any(isinstance(other, TrainingStage) for other in recipe.stages) else "full"
     if inputs == "auto":
         inputs = "student" if method == "full" else "teacher"
     return {

@@ -183,16 +183,16 @@ class CalibrateStage(Stage):
     tokens: Count = Field(default=64_000, ge=1, description="tokens that are fitted; an eighth as many are held out")
     batch: int = Field(default=8, ge=1, description="sequences per forward pass")
     seq_len: Length | None = Field(default=None, description="window in tokens; data.seq_len if null")
-    method: Literal["auto", "full", "taylor"] = Field(
+    method: Literal["auto", "full", "taylor", "spread"] = Field(
         default="auto",
         description="full: decays and strengths by a grid, gates and output projection by least squares; taylor: "
-        "decays, write strength and a scale per head as published (Taylor-Calibrate); auto: full where no training "
-        "follows, else taylor, from which training ends better",
+        "decays, write strength and a scale per head as published (Taylor-Calibrate); spread: the same with half-lives "
+        "spread over heads; auto: full where no training follows, else spread, from which training ends better",
     )
     inputs: Literal["auto", "student", "teacher"] = Field(
         default="auto",
         description="what a layer is fitted on: what the calibrated layers below it make of the text, or the teacher's "
-        "own layer inputs; auto: the student's with full, the teacher's with taylor",
+        "own layer inputs; auto: the student's with full, the teacher's with the others",
     )
     ridge: float | None = Field(
         default=None,

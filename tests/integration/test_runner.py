@@ -77,7 +77,7 @@ def test_result_says_what_happened(first: Path) -> None:
 
 def test_every_layer_is_followed_from_random_to_aligned(first: Path) -> None:
     report = json.loads((first / "calibrate.json").read_text())
-    assert (report["method"], report["inputs"], list(report["layers"])) == ("taylor", "teacher", ["0", "1", "2"])
+    assert (report["method"], report["inputs"], list(report["layers"])) == ("spread", "teacher", ["0", "1", "2"])
     for row in report["layers"].values():
         assert row["aligned"] < row["calibrated"] <= row["transfer"] and row["random"] == pytest.approx(1, abs=0.1)
 

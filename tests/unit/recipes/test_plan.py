@@ -65,7 +65,7 @@ def test_the_published_recipe(folder):
     assert plan.counts.teacher == 7_615_616_512  # as the model's card says: 7.62B
     assert plan.layers.drawing == "L" * 28
     calibrate, align, glue, extend = plan.stages[1:]
-    assert (calibrate.settings["method"], calibrate.settings["inputs"], calibrate.trained) == ("taylor", "teacher", 0)
+    assert (calibrate.settings["method"], calibrate.settings["inputs"], calibrate.trained) == ("spread", "teacher", 0)
     assert calibrate.memory["gram"] == 8 * 6 * 3584**2 and calibrate.gpu_hours < 0.1 * align.gpu_hours
     assert (align.steps, glue.steps) == (6104, 10173)  # the released configurations' own counts (radlads.md 1.5)
     assert (align.settings["seq_len"], glue.settings["seq_len"], extend.settings["seq_len"]) == (512, 512, 16384)
