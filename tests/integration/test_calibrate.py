@@ -116,7 +116,7 @@ def test_with_a_window_and_as_published_too(name: str, llama: Path, tmp_path: Pa
         if method != "full":
             torch.testing.assert_close(mixers[1].o_proj.weight, before)
         if name == "gated_deltanet" and not options:
-            # At the same distances, heads' half-lives differ by up to 16 * 16 where they are spread (fewer: rates have ends).
+            # At the same distances, heads' half-lives differ by up to 16 * 16 where they are spread (rates have ends).
             rates = mixers[1].A_log.exp() * torch.nn.functional.softplus(mixers[1].dt_bias)
             looked = rates * torch.tensor(rows["1"]["distance"])
             most = (looked.max() / looked.min()).item()
