@@ -82,7 +82,7 @@ def calibrate_layer(
         held: other samples, which decide.
         ridges: relative dampings of the output projection, of which held-out tokens choose.
         method: `full`: fit the output projection and try knobs; `taylor`: decays, strengths and scales alone
-            (Taylor-Calibrate); `spread`: the same, with each head's half-life times a factor of its own.
+            (Taylor-Calibrate); `spread`: decays and strengths, with each head's half-life times a factor of its own.
 
     Raises:
         ValueError: something is not finite.
@@ -150,7 +150,8 @@ def set_knobs(
         samples: with contexts.
         search: try all values that the mixer names; else take the first.
         spread: where a head has one decay, the heads' half-lives lie from 1 / `SPREAD` to `SPREAD` times what they look
-            back, instead of at that: mean distances are alike where most attention is diffuse, and no head remembers.
+            back, instead of at that (mean distances are alike where most attention is diffuse, and no head remembers),
+            and scales stay: least squares makes an untrained recurrence quiet, which slows its training.
 
     Returns:
         The values chosen, (H,) each.
@@ -176,7 +177,8 @@ def set_knobs(
                     lowest = torch.where(better, errors, lowest)
                     best[name] = torch.where(better, trial[name], best[name])
         mixer.calibrate(stats, best)
-    scale_heads(mixer, samples, metric)
+    if not spread or hasattr(mixer, "window_mix"):
+        scale_heads(mixer, samples, metric)
     return best
 
 
