@@ -50,7 +50,7 @@ class CalibrateSettings:
         batch: sequences per forward.
         seq_len: positions of a sequence.
         method: `full`; `taylor`: decays, strengths and scales as published, no fit of the output projection; `spread`:
-            decays and strengths alone, half-lives spread over heads.
+            decays alone, half-lives spread over heads.
         inputs: `student`: from the bottom up, each layer on what the calibrated layers below it make, towards the
             teacher's residual stream; `teacher`: each layer on the teacher's own inputs.
         ridge: relative damping of the output projection; None lets held-out tokens choose among `RIDGES`.

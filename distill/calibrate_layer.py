@@ -82,7 +82,7 @@ def calibrate_layer(
         held: other samples, which decide.
         ridges: relative dampings of the output projection, of which held-out tokens choose.
         method: `full`: fit the output projection and try knobs; `taylor`: decays, strengths and scales alone
-            (Taylor-Calibrate); `spread`: decays and strengths, with each head's half-life times a factor of its own.
+            (Taylor-Calibrate); `spread`: decays alone, with each head's half-life times a factor of its own.
 
     Raises:
         ValueError: something is not finite.
@@ -150,19 +150,22 @@ def set_knobs(
         samples: with contexts.
         search: try all values that the mixer names; else take the first.
         spread: where a head has one decay, the heads' half-lives lie from 1 / `SPREAD` to `SPREAD` times what they look
-            back, instead of at that (mean distances are alike where most attention is diffuse, and no head remembers),
-            and scales stay: least squares makes an untrained recurrence quiet, which slows its training.
+            back, instead of at that (mean distances are alike where most attention is diffuse, and no head remembers).
+            Strengths and scales stay as they are: least squares makes an untrained recurrence quiet, which slows its
+            training, and strong writes make it forget.
 
     Returns:
         The values chosen, (H,) each.
     """
     heads, options = mixer.geometry.num_heads, mixer.knobs()
     best = {name: torch.full((heads,), values[0], dtype=torch.float64) for name, values in options.items()}
+    if spread:
+        best.pop("strength", None)
     if spread and mixer.decays == "head" and "reach" in best:
         ends = math.log(SPREAD)
         best["reach"] = best["reach"] * torch.linspace(-ends, ends, heads, dtype=torch.float64).exp()
     metric = _metric(mixer)
-    if options:
+    if best:
         mixer.calibrate(stats, best)
     if search and options:
         some = _first(samples, SEARCHED)

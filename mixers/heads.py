@@ -138,7 +138,7 @@ class AttentionMixer(Mixer):
             copies = 2 if self.geometry.rope and self.geometry.rotary == "half" and self.options.rope else 1
             count = self.rate_channels // copies
             self.set_rates(channel_rates(stats, knobs["reach"], knobs["spread"], count, copies))
-        if self.writes:
+        if self.writes and "strength" in knobs:
             asked = knobs["strength"]
             self.set_strength(torch.where(asked > 0, asked, entropy_strength(stats)))
 

@@ -186,8 +186,8 @@ class CalibrateStage(Stage):
     method: Literal["auto", "full", "taylor", "spread"] = Field(
         default="auto",
         description="full: decays and strengths by a grid, gates and output projection by least squares; taylor: "
-        "decays, write strength and a scale per head as published (Taylor-Calibrate); spread: decays and strengths, "
-        "half-lives spread over heads; auto: full where no training follows, else spread, from which training ends better",
+        "decays, write strength and a scale per head as published (Taylor-Calibrate); spread: decays alone, spread "
+        "over heads; auto: full where no training follows, else spread, from which training ends best",
     )
     inputs: Literal["auto", "student", "teacher"] = Field(
         default="auto",
