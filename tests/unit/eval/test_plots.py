@@ -169,6 +169,23 @@ def test_losses_that_are_all_zero_are_drawn_without_a_warning(drawn, tmp_path):
     assert drawn[0].axes[0].get_yscale() == "linear"
 
 
+def test_calibration_follows_every_layer(drawn, tmp_path):
+    rows = {
+        str(layer): {"random": 1.0, "transfer": 0.9, "calibrated": 0.5 + 0.1 * layer, "aligned": None}
+        | {"distance": [0.0, 4.0, 60.0]}
+        for layer in (1, 3)
+    }
+    plots.calibration_errors(rows, tmp_path / "before.png")
+    plots.calibration_errors({k: row | {"aligned": 0.2} for k, row in rows.items()}, tmp_path / "after.png")
+    errors, distances = drawn[0].axes
+    assert [line.get_label() for line in errors.lines] == ["random", "transfer", "calibrated"]
+    assert [list(line.get_ydata()) for line in errors.lines][2] == [0.6, 0.8]
+    assert [list(line.get_xdata()) for line in distances.lines] == [[1] * 3, [3] * 3]
+    assert [line.get_label() for line in drawn[1].axes[0].lines][-1] == "aligned"
+    with pytest.raises(ValueError, match="no layer was calibrated"):
+        plots.calibration_errors({}, tmp_path / "none.png")
+
+
 def test_smoothing_keeps_level_and_start():
     smooth = plots._smooth([8.0, *[4.0] * 399])
     assert len(smooth) == 400
