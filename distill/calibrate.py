@@ -190,10 +190,13 @@ def _one_layer(
     mixer, own = mixers[layer], settings.inputs == "student"
     sums = StatsSum(mixer.geometry.num_heads, settings.seq_len, settings.window)
     samples, seen = [], 0
+    looked_at = max(LOOKED_AT, PER_CHANNEL * mixer.geometry.hidden_size)
     for batch in fit:
+        if seen >= looked_at and settings.method != "full":
+            break  # only the fit of the output projection reads more
         given = run_to(teacher, mixers, layer, batch, False)
         one = sample(teacher, mixers, layer, batch, own, given)
-        if seen < max(LOOKED_AT, PER_CHANNEL * mixer.geometry.hidden_size):
+        if seen < looked_at:
             heads = attention_heads(teacher, layer, given.hidden, given.rotary)
             one.context = sums.add(heads, batch, contexts=True)
         seen += batch.tokens

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..mixers.base import Mixer, MixerInputs
 from .data.batch import Batch
 from .teacher import Teacher
+from .walk import mixer_inputs
 
 Rotary = tuple[Tensor, Tensor] | None
 
@@ -80,9 +81,7 @@ def run_to(teacher: Teacher, mixers: dict[int, Mixer], layer: int, batch: Batch,
         batch: on the teacher's device.
         own: the student's stream: below `layer` the mixers stand in the place of attention.
     """
-    padding = None if bool(batch.real.all()) else batch.real
-    single = bool((batch.segments[:, 0] == batch.segments[:, -1]).all())
-    inputs = MixerInputs(padding, None if single else batch.segments)
+    inputs = mixer_inputs(batch)
     found: dict[str, Any] = {}
 
     def place(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

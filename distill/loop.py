@@ -10,7 +10,7 @@ import re
 import resource
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -319,7 +319,7 @@ class _Run:
         if self.callbacks.evaluate is None:
             return False
         self.stage.module.eval()
-        with nullcontext() if self.average is None else self.average.shown():
+        with self._shown():
             values = self.callbacks.evaluate()
         self.stage.module.train()
         self.log.append({"stage": self.stage.name, "step": self.step, "tokens": self.tokens, "eval": values})
@@ -328,6 +328,10 @@ class _Run:
             return False
         self.best = {"step": self.step, "score": score}
         return True
+
+    def _shown(self) -> AbstractContextManager[None]:
+        """The weights are those that are measured and kept: their average, where there is one."""
+        return nullcontext() if self.average is None else self.average.shown()
 
     def _check_end(self) -> list[str]:
         """What should have trained did change, what should not did not.
@@ -381,7 +385,7 @@ class _Run:
         if result is not None:
             state["result"] = {k: v for k, v in result.__dict__.items() if k != "path"}
         optimizer = None if result else saved.optimizer_tensors(self.optimizer, self.names)
-        with nullcontext() if self.average is None else self.average.shown():
+        with self._shown():
             if optimizer is not None and self.average is not None:
                 optimizer |= self.average.raw()
             self.committed = self.store.commit(

@@ -23,6 +23,13 @@ class _LastLayerDone(Exception):
     """Leaves the teacher's forward: nothing above the highest layer is needed."""
 
 
+def mixer_inputs(batch: Batch) -> MixerInputs:
+    """What mixers must know of a batch: padding and document borders, each None where there is none."""
+    mask = None if bool(batch.real.all()) else batch.real
+    single = bool((batch.segments[:, 0] == batch.segments[:, -1]).all())
+    return MixerInputs(padding=mask, segments=None if single else batch.segments)
+
+
 def walk(
     teacher: Teacher, layers: Iterable[int], batch: Batch, visit: Visit, precision: str = "fp32", whole: bool = False
 ) -> Tensor | None:
@@ -41,9 +48,7 @@ def walk(
     Returns:
         The last hidden state, (B, T, D), where `whole`.
     """
-    mask = None if bool(batch.real.all()) else batch.real
-    single = bool((batch.segments[:, 0] == batch.segments[:, -1]).all())
-    inputs = MixerInputs(padding=mask, segments=None if single else batch.segments)
+    inputs = mixer_inputs(batch)
     wanted = sorted(layers)
 
     def listen(layer: int) -> Any:

@@ -12,6 +12,7 @@ import torch
 
 from ..distill import checkpoint, files
 from ..distill.errors import RunFailed
+from ..distill.hybrid import Hybrid
 from ..distill.student import assemble, transfer
 from ..distill.teacher import Teacher, load_model, load_teacher
 from ..distill.verify import verify
@@ -128,8 +129,9 @@ def _best_layer(recipe: Recipe, teacher: Teacher, out: Path, progress: Progress)
     batches = list(eval_set(session, TRIAL_TOKENS))
     progress.note("which layer keeps its attention: trying each in the aligned model")
     kl = {}
+    hybrid = Hybrid(teacher, mixers)
     for layer in mixers:
-        student = assemble(teacher, {other: mixer for other, mixer in mixers.items() if other != layer})
+        student = assemble(teacher, hybrid.mixers_of(mixers.keys() - {layer}))
         kl[str(layer)] = measure(student, teacher.model, batches)["kl"]
     best = min(kl, key=lambda layer: kl[layer])
     progress.note(

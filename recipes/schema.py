@@ -21,7 +21,21 @@ from pydantic import (
 
 from ..mixers import registry
 from . import rules
-from .fields import Betas, Count, Faults, HeldOut, LayerChoice, Length, MixerName, Section, Seed, Suites, Weight, Words
+from .fields import (
+    Betas,
+    Count,
+    Faults,
+    HeldOut,
+    LayerChoice,
+    Length,
+    MixerName,
+    Schedule,
+    Section,
+    Seed,
+    Suites,
+    Weight,
+    Words,
+)
 from .layers import FORMS, check_form
 from .units import COUNT_WORDS
 
@@ -216,7 +230,7 @@ class TrainingStage(Stage):
     lr_final: float | None = Field(
         default=None, ge=0, le=1, description="learning rate at the end; a hundredth of lr if null"
     )
-    schedule: Literal["cosine", "quarter_cosine", "linear", "constant", "wsd"] = Field(
+    schedule: Schedule = Field(
         default="constant", description="way from lr to lr_final; constant never leaves lr, wsd falls in the last fifth"
     )
     warmup: int = Field(default=50, ge=0, description="optimizer steps from a hundredth of lr to lr")
@@ -243,7 +257,7 @@ class MatrixStage(TrainingStage):
 
     kind = "matrix"
     title = "trains what mixes tokens, each layer for itself"
-    schedule: Literal["cosine", "quarter_cosine", "linear", "constant", "wsd"] = Field(
+    schedule: Schedule = Field(
         default="cosine", description="way from lr to lr_final; constant never leaves lr, wsd falls in the last fifth"
     )
 
@@ -253,7 +267,7 @@ class AlignStage(TrainingStage):
 
     kind = "align"
     title = "trains the mixers, each layer for itself"
-    schedule: Literal["cosine", "quarter_cosine", "linear", "constant", "wsd"] = Field(
+    schedule: Schedule = Field(
         default="cosine", description="way from lr to lr_final; constant never leaves lr, wsd falls in the last fifth"
     )
     loss: Literal["l2", "mse", "relative", "cosine"] = Field(
