@@ -408,17 +408,20 @@ def _stage_summary(result: StageResult) -> dict[str, Any]:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """SIGINT and SIGTERM end the step, save and stop; a second one ends at once. Yields whether one came."""
+    """SIGINT, SIGTERM and SIGUSR1 end the step, save and stop. Yields whether one came.
+
+    A SIGINT after any of them ends at once. Other repetitions are ignored: schedulers send several while a run saves.
+    """
     caught: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
-        if caught:
+        if caught and number == signal.SIGINT:
             raise KeyboardInterrupt
         caught.append(number)
 
     previous = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             previous[number] = signal.signal(number, handle)
     except ValueError:  # not in the main thread: nothing to listen to
         pass
