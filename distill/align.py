@@ -63,7 +63,7 @@ def align_stage(teacher: Teacher, mixers: dict[int, Mixer], settings: StageSetti
         groups=groups,
         step=lambda batch, total: align_step(teacher, mixers, batch, total, settings.loss, settings.precision),  # pyright: ignore[reportArgumentType]
         count=lambda batch: batch.tokens,
-        frozen={f"teacher {key}": tensor for key, tensor in teacher.model.state_dict().items()}
+        frozen={f"teacher {key}": tensor for key, tensor in teacher.model.state_dict(keep_vars=True).items()}
         | {key: tensor for key, tensor in module.state_dict(keep_vars=True).items() if not tensor.requires_grad},
     )
 
@@ -103,22 +103,28 @@ def align_step(
 
 
 def align_visit(
-    mixers: dict[int, Mixer], losses: dict[str, Tensor], total: int, loss: str, precision: str, weight: float | None
+    mixers: dict[int, Mixer],
+    losses: dict[str, Tensor],
+    total: int,
+    loss: str,
+    precision: str,
+    weight: float | None,
+    graph: bool = False,
 ) -> Visit:
     """What is done at each layer: the mixer's forward, its loss put into `losses`, and backward of `weight` times it.
 
-    Arguments as for `align_step`; a weight of None only measures.
+    Arguments as for `align_step`; a weight of None only measures, and with `graph` leaves the loss with its graph.
     """
 
     def visit(layer: int, given: Tensor, rotary: Rotary, wanted: Tensor, inputs: MixerInputs) -> None:
         device = given.device.type
-        with torch.set_grad_enabled(weight is not None):
+        with torch.set_grad_enabled(weight is not None or graph):
             with autocast(device, precision):
                 made, _ = mixers[layer](given, position_embeddings=rotary, mixer_inputs=inputs)
             with no_autocast(device):
                 value = align_loss(loss, made, wanted, inputs.padding, total)
                 if weight is not None and value.requires_grad:  # a mixer without parameters has none
                     (weight * value).backward()
-        losses[f"layer {layer}"] = value.detach()
+        losses[f"layer {layer}"] = value if graph else value.detach()
 
     return visit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -54,13 +54,13 @@ class Average:
         return {f"{name}/{RAW}": value for name, value in self.values.items()}
 
     @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Take the average from the parameters and these from a commit's optimizer file.
+    def restore(self, tensors: dict[str, Tensor], put: Callable[[Tensor, Tensor], None]) -> dict[str, Tensor]:
+        """Take the average from the parameters and these from a commit's optimizer file, written by `put`.
 
         Returns:
             What else the file holds.
         """
         for name, parameter in self.parameters.items():
             self.values[name] = parameter.detach().clone()
-            parameter.copy_(tensors[f"{name}/{RAW}"])
+            put(parameter, tensors[f"{name}/{RAW}"])
         return {key: value for key, value in tensors.items() if not key.endswith(f"/{RAW}")}

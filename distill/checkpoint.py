@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import random
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import files
+from .engine.world import World
 from .errors import MachineError, UserError
 
 FORMAT = 1
@@ -47,16 +50,30 @@ class Checkpoint:
     state: dict[str, Any]
 
     def weights(self) -> dict[str, Tensor]:
-        """The stage's tensors by name, on the CPU."""
-        return _load(self.path / WEIGHTS)
+        """The stage's tensors by name, whole, on the CPU."""
+        return self._all(WEIGHTS)
 
     def source(self) -> dict[str, Any]:
         """The data source's state, with its tensors."""
         return _give_tensors(self.state["source"], _load(self.path / HELD))
 
     def optimizer(self) -> dict[str, Tensor]:
-        """The optimizer's tensors, `PARAMETER/KIND`, on the CPU."""
-        return _load(self.path / OPTIMIZER)
+        """The optimizer's tensors, `PARAMETER/KIND`, whole, on the CPU."""
+        return self._all(OPTIMIZER)
+
+    def rng(self, rank: int) -> dict[str, Tensor]:
+        """Generators' states of a rank; rank 0's where the commit is of fewer ranks."""
+        name = _of_rank(RNG, rank)
+        return _load(self.path / (name if name in self.state["files"] else RNG))
+
+    def _all(self, name: str) -> dict[str, Tensor]:
+        """What all ranks wrote of a file: each tensor is whole and in one of them."""
+        stem = name.removesuffix(".safetensors")
+        made: dict[str, Tensor] = {}
+        for held in self.state["files"]:
+            if held == name or (held.startswith(f"{stem}-") and held.endswith(".safetensors")):
+                made |= _load(self.path / held)
+        return made
 
 
 class Checkpoints:
@@ -121,20 +138,56 @@ class Checkpoints:
         *,
         optimizer: dict[str, Tensor] | None = None,
         complete: bool = False,
+        world: World | None = None,
     ) -> Checkpoint:
         """Write a commit; afterwards remove those no longer needed.
+
+        Several ranks call it together: each writes its own tensors, rank 0 the rest, and only when all are on the disk
+        does the commit come into being. The folder must be one that all ranks see.
 
         Args:
             stage: its name.
             step: optimizer steps done.
-            weights: the stage's tensors.
+            weights: the stage's tensors; of several ranks, those that this one writes.
             state: plain values that JSON gives back equal, and tensors among them.
-            optimizer: tensors by name; a completed stage needs none.
+            optimizer: tensors by name; likewise. A completed stage needs none.
             complete: the stage has ended.
+            world: the ranks; this process alone by default.
 
         Raises:
             MachineError: no room; all earlier commits are untouched.
         """
+        world = world or World()
+        parts = {WEIGHTS: weights, RNG: _rng()} | ({OPTIMIZER: optimizer} if optimizer is not None else {})
+        path = self.folder / f"{stage}-{step}"
+        if not world.main:
+            folder = world.tell(None)
+            with suppress(Exception):  # rank 0 hears of it, and tells everyone
+                world.outcomes(lambda: self._save_share(parts, Path(folder), path, world.rank) if folder else {})
+        return world.first(lambda: self._write(path, stage, step, parts, state, complete, world))
+
+    def _save_share(self, parts: dict[str, dict[str, Tensor]], folder: Path, final: Path, rank: int) -> dict[str, int]:
+        """Write the tensors of a rank other than 0; sizes by file name."""
+        sizes = {}
+        for name, tensors in parts.items():
+            if tensors:
+                target = folder / _of_rank(name, rank)
+                _save(tensors, target, final, _bytes(parts))
+                files.sync(target)
+                sizes[target.name] = target.stat().st_size
+        return sizes
+
+    def _write(
+        self,
+        path: Path,
+        stage: str,
+        step: int,
+        parts: dict[str, dict[str, Tensor]],
+        state: dict[str, Any],
+        complete: bool,
+        world: World,
+    ) -> Checkpoint:
+        """Rank 0's part of `commit`."""
         newest = self.newest()
         state = dict(state)
         state |= {"format": FORMAT, "stage": stage, "step": step, "complete": complete}
@@ -142,17 +195,33 @@ class Checkpoints:
         state["python_rng"] = _plain(random.getstate())
         held: dict[str, Tensor] = {}
         state = {key: _take_tensors(value, held) for key, value in state.items()}
-        parts = {WEIGHTS: weights, RNG: _rng(), HELD: held} | ({OPTIMIZER: optimizer} if optimizer is not None else {})
-        path = self.folder / f"{stage}-{step}"
-        needed = sum(t.numel() * t.element_size() for part in parts.values() for t in part.values())
+        parts = parts | {HELD: held}
+        told = False
 
         def write(folder: Path) -> None:
-            for name, tensors in parts.items():
-                _save(tensors, folder / name, path, needed)
+            nonlocal told
+            told = True
+            world.tell(str(folder))
+            failure: Exception | None = None
+            try:
+                for name, tensors in parts.items():
+                    _save(tensors, folder / name, path, _bytes(parts))
+            except Exception as error:
+                failure = error
+            shares = world.outcomes(dict)
+            if failure is not None:
+                raise failure
             state["files"] = {name: (folder / name).stat().st_size for name in parts}
+            for share in shares:
+                state["files"] |= share
             (folder / STATE).write_text(_exact_json(state), encoding="utf-8")
 
-        files.commit_directory(path, write, needed)
+        try:
+            files.commit_directory(path, write, _bytes(parts))
+        finally:
+            if not told:  # the others wait
+                world.tell(None)
+                world.outcomes(dict)
         self._prune(stage)
         return Checkpoint(path, stage, step, complete, state)
 
@@ -194,11 +263,11 @@ def environment_warning(checkpoint: Checkpoint) -> str | None:
     return f"{checkpoint.path.name} was written elsewhere ({', '.join(different)}): numbers will not be bit-identical"
 
 
-def restore_rng(checkpoint: Checkpoint) -> None:
-    """Put python's, numpy's and torch's random number generators back to where they were."""
+def restore_rng(checkpoint: Checkpoint, rank: int = 0) -> None:
+    """Put python's, numpy's and torch's random number generators back to where they were on that rank."""
     kind, values, gauss = checkpoint.state["python_rng"]
     random.setstate((kind, tuple(values), gauss))
-    saved = _load(checkpoint.path / RNG)
+    saved = checkpoint.rng(rank)
     keys, extra = saved["numpy"].numpy().astype(np.uint32), saved["numpy_extra"]
     np.random.set_state(("MT19937", keys, int(extra[0]), int(extra[1]), float(extra[2])))
     torch.set_rng_state(saved["torch"])
@@ -213,19 +282,31 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor]:
     for name, tensor in module.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            tensors[name] = tensor.detach()
+            tensors[name] = tensor
     return tensors
 
 
-def load_module(module: nn.Module, tensors: dict[str, Tensor], where: Path | str) -> None:
+def load_module(
+    module: nn.Module,
+    tensors: dict[str, Tensor],
+    where: Path | str,
+    put: Callable[[Tensor, Tensor], None] | None = None,
+) -> None:
     """Copy a commit's tensors into a module, in place and strictly.
+
+    Args:
+        module: what the stage trained.
+        tensors: whole.
+        where: for messages.
+        put: writes a value into a tensor of the module; `copy_` by default.
 
     Raises:
         UserError: a name missing, left over, or of another shape: the checkpoint is of another model.
     """
     own = module_tensors(module)
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    shapes = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    # Under ZeRO-3 a parameter's own shape is that of its shard: ds_shape is the whole's.
+    shapes = [n for n in own.keys() & tensors.keys() if getattr(own[n], "ds_shape", own[n].shape) != tensors[n].shape]
     for problem, names in (("missing", missing), ("unknown", extra), ("of another shape", sorted(shapes))):
         if names:
             raise UserError(
@@ -234,26 +315,7 @@ def load_module(module: nn.Module, tensors: dict[str, Tensor], where: Path | str
             )
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(tensors[name])
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
-    """An optimizer's state by parameter name, `PARAMETER/KIND`."""
-    return {
-        f"{names[parameter]}/{kind}": value.detach()
-        for parameter, state in optimizer.state.items()
-        for kind, value in state.items()
-    }
-
-
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter]
-) -> None:
-    """Put back what `optimizer_tensors` took."""
-    for key, value in tensors.items():
-        name, kind = key.rsplit("/", 1)
-        parameter = parameters[name]
-        optimizer.state[parameter][kind] = value.to(parameter.device)
+            tensor.copy_(tensors[name]) if put is None else put(tensor, tensors[name])
 
 
 def _read(path: Path) -> Checkpoint | None:
@@ -280,11 +342,22 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 def _save(tensors: dict[str, Tensor], path: Path, final: Path, needed: int) -> None:
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+        save_file(
+            {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"}
+        )
     except SafetensorError as error:
         if any(f"os error {code}" in str(error) for code in (27, 28, 122)):
             raise MachineError(files.full_disk(final, needed)) from error
         raise
+
+
+def _of_rank(name: str, rank: int) -> str:
+    """The file that a rank writes for `name`."""
+    return name if rank == 0 else name.replace(".", f"-{rank}.", 1)
+
+
+def _bytes(parts: dict[str, dict[str, Tensor]]) -> int:
+    return sum(t.numel() * t.element_size() for part in parts.values() for t in part.values())
 
 
 def _rng() -> dict[str, Tensor]:

@@ -197,6 +197,26 @@ class MetricsLog:
         self.close()
 
 
+class Unwritten(MetricsLog):
+    """What ranks other than 0 write their metrics to: nothing. Every rank has the same numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(os.devnull)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def offset(self) -> int:
+        """Rank 0's counts."""
+        return 0
+
+    def truncate(self, offset: int) -> None:
+        """Nothing."""
+
+    def truncate_at_stage(self, stage: str) -> None:
+        """Nothing."""
+
+
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     """Every whole line of a metrics.jsonl; a last line that a kill cut short is left out."""
     lines = Path(path).read_bytes().splitlines(keepends=True)

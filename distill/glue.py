@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .align import align_visit
 from .data.batch import Batch
+from .engine.base import Engine
 from .errors import UserError
 from .lora import add_adapters, is_adapter, merge_adapters, settings_of
 from .losses import TERMS, logit_loss
@@ -48,84 +49,146 @@ def glue_stage(teacher: Teacher, student: Any, settings: StageSettings, name: st
     tuner = add_adapters(student, settings_of(settings.lora), settings.seed, f"stages.{name}.lora") if lora else None
     groups = _choose(teacher, student, settings)
     trained = {id(p) for group in groups for p in group.parameters.values()}
-    frozen = {f"teacher {key}": tensor for key, tensor in teacher.model.state_dict().items()}
+    frozen = {f"teacher {key}": tensor for key, tensor in teacher.model.state_dict(keep_vars=True).items()}
     frozen |= {key: tensor for key, tensor in student.state_dict(keep_vars=True).items() if id(tensor) not in trained}
-    return Stage(
+    whole = StudentLoss(teacher, student, weights, settings)
+    stage = Stage(
         name=name,
         module=student,
         groups=groups,
-        step=lambda batch, total: glue_step(teacher, student, batch, total, weights, settings),
+        step=lambda batch, total: glue_step(whole, batch, total, stage.engine),
         count=lambda batch: int(batch.targets[:, 1:].sum()),
         frozen=frozen,
         joint_clip=True,
-        report=lambda: {"changed": changed_tensors(teacher, student)},
+        report=lambda: {"changed": changed_tensors(teacher, student, stage.engine)},
         finish=lambda: None if tuner is None else merge_adapters(tuner),
         blame=lambda batch: first_bad_layer(teacher, student, batch),
+        whole=whole,
     )
+    return stage
 
 
-def glue_step(
-    teacher: Teacher, student: Any, batch: Batch, total: int, weights: dict[str, float], settings: StageSettings
-) -> dict[str, Tensor]:
+class StudentLoss(nn.Module):
+    """The student's forward and its loss in one call: what an engine wraps, gathers weights for and reduces.
+
+    Args:
+        teacher: frozen; not part of the module.
+        student: see `glue_stage`.
+        weights: of the loss terms; `align` is that of each layer.
+        settings: for precision and temperature.
+    """
+
+    def __init__(self, teacher: Teacher, student: Any, weights: dict[str, float], settings: StageSettings) -> None:
+        super().__init__()
+        self.student = student
+        self.weights = weights
+        self.settings = settings
+        self.held = (teacher,)  # in a tuple, so that its tensors are not this module's
+
+    @property
+    def teacher(self) -> Teacher:
+        """The teacher."""
+        return self.held[0]
+
+    def align(self, batch: Batch, total: int, backward: float | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The teacher's forward as an align step of the student's own mixers.
+
+        Args:
+            batch: as for `forward`.
+            total: likewise.
+            backward: each layer's backward runs at once, of its error times this; None leaves the graphs in place.
+
+        Returns:
+            The teacher's last hidden state, and each layer's relative error.
+        """
+        mixers = self.student.mixers()
+        layers: dict[str, Tensor] = {}
+        visit = align_visit(
+            mixers, layers, total, "relative", self.settings.precision, backward, graph=backward is None
+        )
+        wanted = walk(self.teacher, mixers, batch, visit, self.settings.precision, whole=True)
+        assert wanted is not None
+        return wanted, layers
+
+    def forward(self, batch: Batch, total: int, wanted: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a part of a batch, and its terms.
+
+        Args:
+            batch: the part.
+            total: counted targets of the whole batch.
+            wanted: the teacher's last hidden state, where `align` has run already.
+        """
+        device, weights, settings = batch.input_ids.device.type, self.weights, self.settings
+        teacher, student = self.teacher, self.student
+        call = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+        layers: dict[str, Tensor] = {}
+        if wanted is None and weights.get("align"):
+            wanted, layers = self.align(batch, total, None)
+        with autocast(device, settings.precision):
+            if wanted is None and (weights.get("kl") or weights.get("reverse_kl")):
+                with torch.no_grad():
+                    wanted = teacher.backbone(**call).last_hidden_state
+            made = student.base_model(**call).last_hidden_state
+            loss, terms = logit_loss(
+                made,
+                student.get_output_embeddings(),
+                wanted,
+                teacher.model.get_output_embeddings(),
+                batch.input_ids,
+                batch.targets,
+                {term: weights.get(term, 0.0) for term in TERMS},
+                total=total,
+                temperature=settings.temperature,
+                scale=teacher.head.scale,
+                softcap=teacher.head.softcap,
+            )
+        if layers:
+            terms["align"] = torch.stack(list(layers.values())).sum()
+            loss = loss + weights["align"] * terms["align"]
+        return loss, {name: value.detach() for name, value in terms.items()}
+
+
+def glue_step(whole: StudentLoss, batch: Batch, total: int, engine: Engine | None = None) -> dict[str, Tensor]:
     """Forward and backward of the student against the teacher.
 
     With a weight of `align`, the teacher's forward is also an align step: each mixer runs on the teacher's layer input,
     and that weight times its `relative` error goes backward too. So the mixers learn twice from every token, for
-    themselves and as parts of the model.
+    themselves and as parts of the model. Where the engine allows, a layer's graph goes backward at once, as in align.
 
     Args:
-        teacher: frozen.
-        student: see `glue_stage`.
+        whole: the student and its loss.
         batch: all of a batch or a part of it.
         total: counted targets of the whole batch.
-        weights: of the loss terms; `align` is that of each layer.
-        settings: for precision and temperature.
+        engine: what it runs on; one process by default.
 
     Returns:
         `loss`, its terms, and `ce` in any case.
     """
-    device = batch.input_ids.device.type
-    call = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    engine = engine or Engine()
+    weight = whole.weights.get("align", 0.0)
     wanted, layers = None, {}
-    weight = weights.get("align", 0.0)
-    if weight:
-        mixers = student.mixers()
-        visit = align_visit(mixers, layers, total, "relative", settings.precision, weight)
-        wanted = walk(teacher, mixers, batch, visit, settings.precision, whole=True)
-    with autocast(device, settings.precision):
-        if wanted is None and (weights.get("kl") or weights.get("reverse_kl")):
-            with torch.no_grad():
-                wanted = teacher.backbone(**call).last_hidden_state
-        made = student.base_model(**call).last_hidden_state
-        loss, terms = logit_loss(
-            made,
-            student.get_output_embeddings(),
-            wanted,
-            teacher.model.get_output_embeddings(),
-            batch.input_ids,
-            batch.targets,
-            {term: weights.get(term, 0.0) for term in TERMS},
-            total=total,
-            temperature=settings.temperature,
-            scale=teacher.head.scale,
-            softcap=teacher.head.softcap,
-        )
-    with no_autocast(device):
-        loss.backward()
+    if weight and engine.split:
+        wanted, layers = whole.align(batch, total, weight * engine.scale)
+    loss, terms = engine.call(whole, batch, total, wanted)
+    with no_autocast(batch.input_ids.device.type):
+        engine.backward(loss)
     if layers:
         terms["align"] = torch.stack(list(layers.values())).sum()
         loss = loss.detach() + weight * terms["align"]
     return {"loss": loss.detach(), **terms}
 
 
-def changed_tensors(teacher: Teacher, student: Any) -> list[str]:
+def changed_tensors(teacher: Teacher, student: Any, engine: Engine | None = None) -> list[str]:
     """Names of the teacher's tensors that the student holds with other values, compared in the teacher's dtype."""
-    own = student.state_dict()
-    return [
-        name
-        for name, tensor in teacher.model.state_dict().items()
-        if name in own and not torch.equal(own[name].to(tensor.dtype), tensor)
-    ]
+    full = (engine or Engine()).full
+    own = student.state_dict(keep_vars=True)
+    found = []
+    for name, tensor in teacher.model.state_dict(keep_vars=True).items():
+        if name in own:
+            before, after = full(tensor), full(own[name])
+            if not torch.equal(after.to(before), before):
+                found.append(name)
+    return found
 
 
 def first_bad_layer(teacher: Teacher, student: Any, batch: Batch) -> str | None:

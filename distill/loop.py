@@ -23,6 +23,7 @@ from . import files
 from .average import Average
 from .data.batch import Batch
 from .data.source import Source
+from .engine.base import Engine
 from .errors import RunFailed, UserError
 from .schedule import learning_rate
 from .stage import COSMETIC, Callbacks, Group, Stage, StageResult, StageSettings
@@ -40,8 +41,9 @@ def run_stage(
     after: str | None = None,
     callbacks: Callbacks | None = None,
     deadline: float | None = None,
+    engine: Engine | None = None,
 ) -> StageResult:
-    """Train a stage to its end, or until told to stop.
+    """Train a stage to its end, or until told to stop. Of several ranks, all call it with the same arguments.
 
     Args:
         stage: what trains and how.
@@ -52,18 +54,26 @@ def run_stage(
         after: the stage that this one builds on; it must be complete in this folder.
         callbacks: see there.
         deadline: `time.monotonic()` after which no further step starts.
+        engine: what the stage runs on; one process by default.
 
     Raises:
-        UserError: the folder already holds this stage and `resume` is False, `after` is not complete, the commit is of
-            another model or other settings, or a batch is empty.
+        UserError: the batch is not a multiple of the number of ranks, the folder already holds this stage and `resume`
+            is False, `after` is not complete, the commit is of another model or other settings, or a batch is empty.
         RunFailed: a loss or gradient that is not finite (the weights are those before the step), or an end check.
         MachineError: no disk space; what was committed is untouched.
     """
     folder = Path(folder)
-    files.clean_temporaries(folder)
-    store = saved.Checkpoints(folder / "checkpoints", settings.keep)
+    engine = stage.engine = engine or Engine()
+    world = engine.world
+    if settings.batch % world.size:
+        raise UserError(
+            f"stages.{stage.name}.batch: {settings.batch} sequences cannot be shared by {world.size} ranks. Write a "
+            f"multiple: stages.{stage.name}.batch={-(-settings.batch // world.size) * world.size}"
+        )
+    world.first(lambda: bool(files.clean_temporaries(folder)))
+    store = world.first(lambda: saved.Checkpoints(folder / "checkpoints", settings.keep))
     callbacks = callbacks or Callbacks()
-    found = store.newest(stage.name)
+    found = world.first(lambda: store.newest(stage.name))
     if found and not resume:
         raise UserError(
             f"{folder}: already holds stage {stage.name!r} up to step {found.step}. Continue it with --resume, or "
@@ -73,15 +83,18 @@ def run_stage(
         store.require_complete(after)
     for path in store.damaged():
         callbacks.message(f"{path}: not a whole checkpoint, ignored")
-    with files.MetricsLog(folder / "metrics.jsonl") as log:
-        run = _Run(stage, source, settings, store, log, callbacks)
-        if found:
-            run.restore(found)
-            if found.complete:
-                return StageResult(**found.state["result"], path=found.path)
-        else:
-            run.begin(resume)
-        return run.train(deadline)
+    with files.MetricsLog(folder / "metrics.jsonl") if world.main else files.Unwritten() as log:
+        run = _Run(stage, source, settings, store, log, callbacks, engine)
+        try:
+            if found:
+                run.restore(found)
+                if found.complete:
+                    return StageResult(**found.state["result"], path=found.path)
+            else:
+                run.begin(resume)
+            return run.train(deadline)
+        finally:
+            engine.end()
 
 
 class _Run:
@@ -95,7 +108,11 @@ class _Run:
         store: saved.Checkpoints,
         log: files.MetricsLog,
         callbacks: Callbacks,
+        engine: Engine,
     ) -> None:
+        self.engine = engine
+        self.world = engine.world
+        self.optimizer = engine.begin(stage, lambda: _optimizer(stage, settings), settings.clip)
         self.stage = stage
         self.source = source
         self.settings = settings
@@ -105,7 +122,6 @@ class _Run:
         self.parameters = stage.parameters
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in self.parameters.items()}
         self.device = next(iter(self.names)).device
-        self.optimizer = _optimizer(stage, settings)
         self.average = None if settings.average is None else Average(self.parameters, settings.average)
         self.step = self.tokens = 0
         self.seconds = 0.0
@@ -114,14 +130,16 @@ class _Run:
         self.metrics: dict[str, Any] = {}
         self.before: dict[str, dict[str, str]] = {}
         self._window = (0.0, 0)
+        self.deadline: float | None = None
+        self._agreed: bool | None = None
 
     def begin(self, resume: bool) -> None:
         """The very start of a stage."""
         if resume:
             self.log.truncate_at_stage(self.stage.name)
         seed_all(self.settings.seed)
-        self.before = {"frozen": fingerprints(self.stage.frozen), "trained": fingerprints(self.parameters)}
-        trained = sum(p.numel() for p in self.names)
+        self.before = {"frozen": self._fingerprints(self.stage.frozen), "trained": self._fingerprints(self.parameters)}
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in self.names)
         self.callbacks.message(f"{self.stage.name}: {trained:,} parameters train, {self.settings.tokens:,} tokens")
 
     def restore(self, commit: saved.Checkpoint) -> None:
@@ -130,7 +148,7 @@ class _Run:
         self._check_same(state, commit.path)
         if commit.complete:
             self.stage.finish()
-        saved.load_module(self.stage.module, commit.weights(), commit.path)
+        saved.load_module(self.stage.module, commit.weights(), commit.path, self.engine.put)
         self.step, self.tokens, self.seconds = commit.step, state["tokens"], state["seconds"]
         self.best, self.metrics, self.before = state["best"], state["metrics"], state["fingerprints"]
         self.committed = commit
@@ -141,14 +159,18 @@ class _Run:
         self.log.truncate(state["metrics_offset"])
         optimizer = commit.optimizer()
         if self.average is not None:
-            optimizer = self.average.restore(optimizer)
-        saved.load_optimizer(self.optimizer, optimizer, self.parameters)
+            optimizer = self.average.restore(optimizer, self.engine.put)
+        self.engine.load_optimizer(optimizer, self.parameters)
+        self.engine.loaded()
         self.source.load_state_dict(commit.source())
         warning = saved.environment_warning(commit)
         if warning:
             self.callbacks.message(f"warning: {warning}")
         self.callbacks.message(f"{self.stage.name}: goes on from {commit.path} (step {self.step})")
-        saved.restore_rng(commit)
+        saved.restore_rng(commit, self.world.rank)
+
+    def _fingerprints(self, tensors: dict[str, Any]) -> dict[str, str]:
+        return {name: _fingerprint(self.engine.full(tensor)) for name, tensor in tensors.items()}
 
     def _check_same(self, state: dict[str, Any], path: Path) -> None:
         now = _settings_dict(self.settings)
@@ -159,7 +181,7 @@ class _Run:
                     f"{path}: was made with {self.stage.name}.{key} = {then.get(key)}, now it is {now[key]}. Set it "
                     "back to resume, or start in a new folder: --out DIR"
                 )
-        frozen = fingerprints(self.stage.frozen)
+        frozen = self._fingerprints(self.stage.frozen)
         changed = _different(state["fingerprints"]["frozen"], frozen)
         if changed:
             raise UserError(
@@ -170,10 +192,11 @@ class _Run:
     def train(self, deadline: float | None) -> StageResult:
         """Steps until the tokens are spent, or until told to stop."""
         settings = self.settings
+        self.deadline = deadline
         self.stage.module.train()
         try:
             while self.tokens < settings.tokens:
-                if self.callbacks.should_stop() or (deadline is not None and time.monotonic() >= deadline):
+                if self._stopping():
                     if self.committed is None or self.committed.step != self.step:
                         self._commit()
                     return self._result("stopped", [])
@@ -194,31 +217,45 @@ class _Run:
         self._commit(result)
         return dataclasses.replace(result, path=self.committed.path if self.committed else result.path)
 
+    def _stopping(self) -> bool:
+        """Whether to stop before the next step. What one rank wishes at the end of a step, all know."""
+        if self.world.size == 1:
+            return self._wish()
+        return self.world.any(self._wish()) if self._agreed is None else self._agreed
+
+    def _wish(self) -> bool:
+        return self.callbacks.should_stop() or (self.deadline is not None and time.monotonic() >= self.deadline)
+
     def _one_step(self) -> None:
         start = time.perf_counter()
-        batch = self._next_batch()
+        whole, batch = self._next_batch()
         rates = self._set_rates()
-        counted = self.stage.count(batch)
+        counted = self.stage.count(whole)
         metrics = self._accumulate(batch, counted)
         losses, norms = self._check(metrics, batch)
         if counted:
             self._clip(norms)
-            self.optimizer.step()
+            joint = self.engine.step()
+            if joint is not None:
+                norms = self._check_joint(joint)
             if self.average is not None:
                 self.average.update(self.step)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.engine.zero_grad()
         self.step += 1
-        self.tokens += batch.tokens
+        self.tokens += whole.tokens
         self.seconds += time.perf_counter() - start
         self._record(losses, norms, rates)
 
-    def _next_batch(self) -> Batch:
+    def _next_batch(self) -> tuple[Batch, Batch]:
+        """The next batch of all ranks, and this one's rows of it."""
         batch = self.source.next_batch()
         if batch.tokens == 0:
             raise UserError(
                 f"{self.stage.name}: step {self.step + 1} got a batch of nothing but padding: check the data"
             )
-        return batch.to(self.device)
+        size = batch.shape[0] // self.world.size
+        start = self.world.rank * size
+        return batch, batch.rows(start, start + size).to(self.device)
 
     def _set_rates(self) -> list[float]:
         """The learning rate of each optimizer group for the coming step. Position is counted in tokens."""
@@ -241,8 +278,10 @@ class _Run:
         sums: dict[str, Tensor] = {}
         for start in range(0, rows, size):
             part = batch if size >= rows else batch.rows(start, min(start + size, rows))
-            for name, value in self.stage.step(part, counted).items():
-                sums[name] = sums[name] + value if name in sums else value
+            with self.engine.part(start + size >= rows):
+                for name, value in self.stage.step(part, counted).items():
+                    sums[name] = sums[name] + value if name in sums else value
+        self.engine.reduce(self.stage)
         return sums
 
     def _check(self, metrics: dict[str, Tensor], batch: Batch) -> tuple[dict[str, float], list[float]]:
@@ -251,28 +290,46 @@ class _Run:
         Raises:
             RunFailed: one is not finite.
         """
-        grads = [[p.grad for p in group.parameters.values() if p.grad is not None] for group in self.stage.groups]
-        norms = [torch.nn.utils.get_total_norm(group, foreach=True) for group in grads]
-        values = torch.stack(
-            [*(v.float() for v in metrics.values()), *(n.float().to(self.device) for n in norms)]
-        ).tolist()
+        norms = self.engine.norms(self.stage.groups)
+        wish = self.world.size > 1 and self._wish()
+        numbers = [*(v.float() for v in metrics.values()), *(n.float().to(self.device) for n in norms)]
+        numbers.append(torch.tensor(float(wish), device=self.device))
+        values = self.engine.agree(torch.stack(numbers), len(metrics), len(norms)).tolist()
+        self._agreed = values.pop() > 0
         if not all(map(math.isfinite, values)):
             self._fail(dict(zip(metrics, values, strict=False)), batch)
         return dict(zip(metrics, values, strict=False)), values[len(metrics) :]
+
+    def _check_joint(self, norm: float) -> list[float]:
+        """The gradient's norm as an engine gives it after its step: too late to spare the weights.
+
+        Raises:
+            RunFailed: it is not finite.
+        """
+        if not math.isfinite(norm):
+            where = f"the last checkpoint is {self.committed.path}" if self.committed else "there is no checkpoint yet"
+            raise RunFailed(
+                f"{self.stage.name}: step {self.step + 1}: the norm of the gradient is not finite, and "
+                f"{self.engine.name} found it after its step: {where}. Go on from it with --resume and a lower rate "
+                f"(stages.{self.stage.name}.lr={self.settings.lr / 3:.1e})"
+            )
+        return [norm]
 
     def _fail(self, losses: dict[str, float], batch: Batch) -> NoReturn:
         """Say where the step went wrong, before it reaches the weights."""
         bad = [name for name, value in losses.items() if not math.isfinite(value)]
         if bad:
             # The sum is not finite when a part is not: name the part.
-            part = self.stage.blame(batch) or next((name for name in bad if name != "loss"), None)
+            with self.engine.shown(self.stage.module):
+                blamed = self.stage.blame(batch)
+            part = blamed or next((name for name in bad if name != "loss"), None)
             culprit = "the loss" + (f" ({part})" if part else "")
         else:
             wrong = [n for n, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
             # Gradients flow downwards: the highest layer with a bad one is where it began.
             name = max(wrong, key=lambda n: [int(number) for number in re.findall(r"\d+", n)], default=None)
             culprit = f"the gradient of {name}" if name else "the norm of a gradient"
-        self.optimizer.zero_grad(set_to_none=True)
+        self.engine.zero_grad()
         where = f"the last checkpoint is {self.committed.path}" if self.committed else "there is no checkpoint yet"
         raise RunFailed(
             f"{self.stage.name}: step {self.step + 1}: {culprit} is not finite. The weights are still those of step "
@@ -285,10 +342,10 @@ class _Run:
         if clip is None:
             return
         joint = math.sqrt(sum(norm * norm for norm in norms))
-        for group, own in zip(self.stage.groups, norms, strict=True):
+        for group, own in zip(self.stage.groups, norms or [0.0] * len(self.stage.groups), strict=True):
             norm = joint if self.stage.joint_clip else own
             if norm > clip:
-                torch.nn.utils.clip_grads_with_norm_(group.parameters.values(), clip, torch.tensor(norm), foreach=True)
+                self.engine.clip(group, norm, clip)
 
     def _record(self, losses: dict[str, float], norms: list[float], rates: list[float]) -> None:
         """Tell of the step; write it down every few steps, and the first and last."""
@@ -302,7 +359,7 @@ class _Run:
             "loss": losses["loss"],
             "losses": {name: value for name, value in losses.items() if name != "loss"},
             "lr": rates[0] if len(rates) == 1 else rates,
-            "grad_norm": dict(zip(names, norms, strict=True)),
+            "grad_norm": dict(zip(names if len(norms) == len(names) else ["all"], norms, strict=True)),
             "tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
             "peak_memory": peak_memory(self.device),
         }
@@ -319,7 +376,7 @@ class _Run:
         if self.callbacks.evaluate is None:
             return False
         self.stage.module.eval()
-        with self._shown():
+        with self._shown(), self.engine.shown(self.stage.module):
             values = self.callbacks.evaluate()
         self.stage.module.train()
         self.log.append({"stage": self.stage.name, "step": self.step, "tokens": self.tokens, "eval": values})
@@ -339,13 +396,13 @@ class _Run:
         Returns:
             Single parameters that are as they were; a whole group is an error.
         """
-        moved = _different(self.before["frozen"], fingerprints(self.stage.frozen))
+        moved = _different(self.before["frozen"], self._fingerprints(self.stage.frozen))
         if moved:
             raise RunFailed(
                 f"{self.stage.name}: {len(moved)} tensors that must not change did, e.g. {', '.join(moved[:3])}. This "
                 "is an error of relinear, not of your input; the stage was not marked complete"
             )
-        changed = set(_different(self.before["trained"], fingerprints(self.parameters)))
+        changed = set(_different(self.before["trained"], self._fingerprints(self.parameters)))
         for group in self.stage.groups:
             if not changed & group.parameters.keys():
                 raise RunFailed(
@@ -384,18 +441,28 @@ class _Run:
         }
         if result is not None:
             state["result"] = {k: v for k, v in result.__dict__.items() if k != "path"}
-        optimizer = None if result else saved.optimizer_tensors(self.optimizer, self.names)
+        optimizer = None if result else self.engine.optimizer_tensors(self.names)
         with self._shown():
             if optimizer is not None and self.average is not None:
-                optimizer |= self.average.raw()
+                optimizer |= self._share(self.average.raw())
             self.committed = self.store.commit(
                 self.stage.name,
                 self.step,
-                saved.module_tensors(self.stage.module),
+                self._share(saved.module_tensors(self.stage.module)),
                 state,
                 optimizer=optimizer,
                 complete=result is not None,
+                world=self.world,
             )
+
+    def _share(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those tensors, whole, that this rank writes. All ranks gather each."""
+        made = {}
+        for number, (name, tensor) in enumerate(tensors.items()):
+            whole = self.engine.full(tensor)
+            if self.engine.mine(number):
+                made[name] = whole.cpu() if self.engine.sharded else whole
+        return made
 
 
 def _optimizer(stage: Stage, settings: StageSettings) -> torch.optim.AdamW:

@@ -51,7 +51,7 @@ def matrix_stage(teacher: Teacher, mixers: dict[int, Mixer], settings: StageSett
         groups=groups,
         step=lambda batch, total: matrix_step(teacher, mixers, batch, total, settings.precision),
         count=matrix_rows,
-        frozen={f"teacher {key}": tensor for key, tensor in teacher.model.state_dict().items()} | frozen,
+        frozen={f"teacher {key}": tensor for key, tensor in teacher.model.state_dict(keep_vars=True).items()} | frozen,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from .data.batch import Batch
+from .engine.base import Engine
 
 COSMETIC = ("log_every", "eval_every", "save_every", "keep")
 """Settings that may differ when a run is resumed: they do not change the weights."""
@@ -102,6 +103,9 @@ class Stage:
         finish: called once all has trained and been checked: gives `module` the form in which the next stage takes it,
             and the last commit holds it.
         blame: where a batch's loss stopped being finite, in words; asked only after it did.
+        whole: the module whose forward makes the loss, where there is one: engines wrap it, and `step` calls it through
+            `engine`. None where every layer goes backward by itself.
+        engine: set when the stage begins.
     """
 
     name: str
@@ -114,6 +118,8 @@ class Stage:
     report: Callable[[], dict[str, Any]] = dict
     finish: Callable[[], None] = lambda: None
     blame: Callable[[Batch], str | None] = lambda batch: None
+    whole: nn.Module | None = None
+    engine: Engine = field(default_factory=Engine)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -32,6 +32,7 @@ class Teacher:
         source: path or Hub id as the user gave it.
         folder: the local folder that was read.
         revision: commit of the Hub snapshot, None for a local folder.
+        whole: a forward pass must run to its end: an engine's hooks gather and free the weights on the way.
     """
 
     model: Any
@@ -41,6 +42,7 @@ class Teacher:
     source: str
     folder: Path
     revision: str | None = None
+    whole: bool = False
 
     @property
     def config(self) -> Any:

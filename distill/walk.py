@@ -46,7 +46,7 @@ def walk(
         whole: go on to the end.
 
     Returns:
-        The last hidden state, (B, T, D), where `whole`.
+        The last hidden state, (B, T, D), where `whole` or the teacher's own `whole`.
     """
     inputs = mixer_inputs(batch)
     wanted = sorted(layers)
@@ -59,7 +59,7 @@ def walk(
                 given, rotary = given.float(), None if rotary is None else tuple(r.float() for r in rotary)
             visit(layer, given, rotary, output[0] if isinstance(output, tuple) else output, inputs)
             inputs.shared = {key: tensor.detach() for key, tensor in inputs.shared.items()}
-            if layer == wanted[-1] and not whole:
+            if layer == wanted[-1] and not whole and not teacher.whole:
                 raise _LastLayerDone
 
         return hook

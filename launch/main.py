@@ -17,11 +17,12 @@ import typer
 from .. import __version__
 from ..distill.errors import MachineError, RunFailed, UserError
 from ..mixers.errors import KernelMissing, KernelRefused
-from .commands import bench, doctor, look, model, select, work
+from . import worker
+from .commands import bench, doctor, look, model, nodes, select, work
 from .commands.common import examples
 from .output import talk
-
-OK, FAILED, USER, MACHINE, INTERRUPTED = 0, 1, 2, 3, 130
+from .signals import FAILED, INTERRUPTED, MACHINE, OK, USER, Stopped
+from .signals import STOPPED as STOPPED
 
 app = typer.Typer(
     name="relinear",
@@ -37,7 +38,7 @@ app = typer.Typer(
         then="relinear quickstart",
     ),
 )
-for commands in (work, look, select, model, bench, doctor):
+for commands in (work, nodes, look, select, model, bench, doctor):
     commands.register(app)
 
 
@@ -58,7 +59,8 @@ def group(
 ) -> None:
     """Turn pretrained softmax-attention transformers into linear-attention hybrids.
 
-    Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 the work failed, 2 your input, 3 the machine.
+    Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 the work failed, 2 your input, 3 the machine,
+    75 stopped and saved (go on with --resume), 130 interrupted.
     """
 
 
@@ -67,6 +69,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     # Looked for here too: an error can come before the options are parsed.
     show = "--traceback" in arguments[:1]
+    with worker.quiet():
+        return _main(arguments, show)
+
+
+def _main(arguments: list[str], show: bool) -> int:
     try:
         # typer returns an exit code where a command ends early, and 130 for Ctrl-C; a finished command returns None.
         with _choices_shown():
@@ -75,6 +82,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of stdout left, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except Stopped as stopped:
+        talk(f"{stopped}: stopped where nothing had to be saved. Go on: the same command with --resume")
+        return STOPPED
     except Exception as error:
         return _explain(error, show)
     if code == INTERRUPTED:
@@ -90,6 +100,8 @@ class _Talk(logging.Handler):
 @contextlib.contextmanager
 def _choices_shown() -> Iterator[None]:
     """Whose kernels run, and why, is said by the module that chooses: once for each recurrence."""
+    # transformers loads DeepSpeed wherever it is installed, which then talks of itself on stdout.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     logger, handler = logging.getLogger("relinear.mixers.kernels"), _Talk()
     level = logger.level
     logger.addHandler(handler)
@@ -106,31 +118,32 @@ def _explain(error: Exception, show_traceback: bool) -> int:
     if show_traceback:
         traceback.print_exception(error)
     if isinstance(error, typer.TyperException):
-        return _usage(error)
-    if isinstance(error, (UserError, MachineError, RunFailed, KernelMissing, KernelRefused)):
-        talk(f"error: {error}")
-        return error.exit_code
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        text, code = _usage(error), USER
+    elif isinstance(error, (UserError, MachineError, RunFailed, KernelMissing, KernelRefused)):
+        text, code = f"error: {error}", error.exit_code
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing {error.filename}" if error.filename else ""
-        talk(f"error: no space left on the disk{where}. Free some, or choose another folder with --out")
-        return MACHINE
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        talk(f"error: out of memory: {str(error).splitlines()[0] if str(error) else 'the machine has no more'}")
-        return MACHINE
-    where = "" if show_traceback else f"\nThe traceback is in {_keep_traceback(error)}"
-    first = (str(error).splitlines() or [""])[0]
-    talk(f"error: unexpected {type(error).__name__}: {first}{where}")
-    return FAILED
+        text = f"error: no space left on the disk{where}. Free some, or choose another folder with --out"
+        code = MACHINE
+    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        text = f"error: out of memory: {str(error).splitlines()[0] if str(error) else 'the machine has no more'}"
+        code = MACHINE
+    else:
+        where = "" if show_traceback else f"\nThe traceback is in {_keep_traceback(error)}"
+        first = (str(error).splitlines() or [""])[0]
+        text, code = f"error: unexpected {type(error).__name__}: {first}{where}", FAILED
+    known = not text.startswith("error: unexpected ")
+    if not worker.report_error(text.removeprefix("error: "), code, known):
+        talk(text)
+    return code
 
 
-def _usage(error: typer.TyperException) -> int:
+def _usage(error: typer.TyperException) -> str:
     context = getattr(error, "ctx", None)
     if context is not None and not context.args and error.message == context.get_help():  # a bare `relinear`
-        talk(error.message)
-        return USER
+        return error.message
     command = context.command_path if context is not None else "relinear"
-    talk(f"error: {command}: {error.format_message()} See: {command} --help")
-    return USER
+    return f"error: {command}: {error.format_message()} See: {command} --help"
 
 
 def _keep_traceback(error: Exception) -> str:

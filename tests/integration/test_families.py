@@ -25,7 +25,7 @@ from relinear.distill.align import align_stage
 from relinear.distill.data.batch import Batch
 from relinear.distill.export import export_student
 from relinear.distill.families import FAMILIES
-from relinear.distill.glue import glue_stage, glue_step
+from relinear.distill.glue import StudentLoss, glue_stage, glue_step
 from relinear.distill.loop import StageSettings, run_stage
 from relinear.distill.modeling.cache import MixerCacheLayer
 from relinear.distill.student import assemble, transfer
@@ -257,7 +257,7 @@ def test_align_trains_the_mixers_and_nothing_else(teacher: Teacher, tmp_path: Pa
 def test_glue_sees_the_models_own_logits(teacher: Teacher, student: Any) -> None:
     batch = Batches().next_batch()
     settings = replace(SETTINGS, loss={"kl": 1.0, "ce": 1.0})
-    made = glue_step(teacher, student, batch, int(batch.targets[:, 1:].sum()), settings.loss, settings)  # pyright: ignore
+    made = glue_step(StudentLoss(teacher, student, settings.loss, settings), batch, int(batch.targets[:, 1:].sum()))  # pyright: ignore
     student.zero_grad()
     call = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
     with torch.no_grad():

@@ -13,7 +13,7 @@ import torch
 from relinear.distill.align import align_step
 from relinear.distill.data.batch import Batch
 from relinear.distill.errors import RunFailed, UserError
-from relinear.distill.glue import glue_stage, glue_step
+from relinear.distill.glue import StudentLoss, glue_stage, glue_step
 from relinear.distill.loop import Callbacks, StageSettings, run_stage
 from relinear.distill.student import assemble
 from relinear.distill.teacher import Teacher, load_teacher
@@ -82,7 +82,7 @@ def test_align_beside_the_logits_is_an_align_step_and_a_glue_step(
     metrics = stage.step(batch, total)
     grads = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
     student.zero_grad()
-    apart = glue_step(teacher, student, batch, total, {"kl": 0.5}, SETTINGS)
+    apart = glue_step(StudentLoss(teacher, student, {"kl": 0.5}, SETTINGS), batch, total)
     layers = align_step(teacher, student.mixers(), batch, total, "relative", backward=False)
     assert metrics["align"].item() == pytest.approx(2 * layers["loss"].item())
     assert metrics["loss"].item() == pytest.approx((apart["loss"] + weight * metrics["align"]).item())
@@ -243,7 +243,7 @@ def test_the_loss_is_not_made_from_full_logits(
     for model in (teacher.model, student):
         model.lm_head.forward = lambda *_: pytest.fail("lm_head must not run on all positions")
     batch = batch_of(1)
-    glue_step(teacher, student, batch, 10, {"kl": 1.0}, SETTINGS)
+    glue_step(StudentLoss(teacher, student, {"kl": 1.0}, SETTINGS), batch, 10)
 
 
 def test_bf16_trains_fp32_weights(
@@ -254,7 +254,7 @@ def test_bf16_trains_fp32_weights(
     settings = replace(SETTINGS, precision="bf16")
     exact = load_teacher(llama)
     batch = batch_of(1)
-    rough = glue_step(teacher, student, batch, int(batch.targets.sum()), {"kl": 1.0}, settings)["loss"]
+    rough = glue_step(StudentLoss(teacher, student, {"kl": 1.0}, settings), batch, int(batch.targets.sum()))["loss"]
     torch.testing.assert_close(rough, naive(exact, student_of(exact), batch, {"kl": 1.0}).detach(), rtol=0.2, atol=0.05)
     result = run_stage(glue_stage(teacher, student, settings), source_of(), settings, folder=tmp_path)
     assert all(p.dtype == torch.float32 for p in student.parameters())

@@ -1,0 +1,157 @@
+"""One process: everything as torch does it. The other engines change what they must."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .world import World
+
+if TYPE_CHECKING:
+    from ...mixers.base import Mixer
+    from ..stage import Group, Stage
+    from ..teacher import Teacher
+
+MakeOptimizer = Callable[[], torch.optim.Optimizer]
+
+
+class Engine:
+    """How one stage's step is carried out by the processes of a run.
+
+    A step is: this rank's rows of the batch, in parts, each a forward and backward (`call`, `backward`); `reduce`;
+    `norms`; `clip`; `step`. Losses are sums over real tokens divided by those of the whole batch of all ranks, so
+    gradients of ranks are added, never averaged.
+
+    Between stages every rank holds the teacher, the mixers and the student whole; `place_…` gives the objects that a
+    stage trains, and `collect` brings the result back.
+
+    Attributes:
+        name: as a recipe says it.
+        world: the processes.
+        sharded: weights and teacher lie in shards while a stage runs.
+        split: a graph beside the wrapped module's may go backward by itself in glue.
+    """
+
+    name = "single"
+    sharded = False
+    split = True
+
+    def __init__(self, world: World | None = None) -> None:
+        self.world = world or World()
+        self.optimizer: Any = None
+
+    @property
+    def scale(self) -> float:
+        """What a loss is multiplied by before its backward pass, where the wrapper averages gradients over ranks."""
+        return 1.0
+
+    @property
+    def home(self) -> str:
+        """The device of what lies between stages."""
+        return "cpu" if self.sharded else str(self.world.device)
+
+    def check(self) -> None:
+        """Assert that the processes are what the recipe asks for."""
+
+    def place_teacher(self, teacher: Teacher) -> Teacher:
+        """The teacher as stages run it."""
+        return teacher
+
+    def place_mixers(self, mixers: dict[int, Mixer]) -> dict[int, Mixer]:
+        """The mixers as align trains them."""
+        return mixers
+
+    def place_student(self, student: Any) -> Any:
+        """The student as glue trains it."""
+        return student
+
+    def collect(self, placed: nn.Module, original: nn.Module) -> None:
+        """Bring what was trained back into the module that it was placed from."""
+
+    def begin(self, stage: Stage, make: MakeOptimizer, clip: float | None) -> torch.optim.Optimizer:
+        """Wrap what the stage trains, and make its optimizer."""
+        self.optimizer = make()
+        return self.optimizer
+
+    def end(self) -> None:
+        """The stage is over: let go of the wrapper and its hooks."""
+        self.optimizer = None
+
+    @contextmanager
+    def part(self, last: bool) -> Iterator[None]:
+        """Around forward and backward of a part of the batch; gradients are sent with the last one."""
+        yield
+
+    def call(self, whole: nn.Module, *args: Any) -> Any:
+        """Forward of the stage's `whole` module, through what wraps it."""
+        return whole(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of a loss that `call` gave."""
+        (loss * self.scale if self.scale != 1.0 else loss).backward()
+
+    def reduce(self, stage: Stage) -> None:
+        """Add up gradients that no wrapper adds up."""
+
+    def norms(self, groups: list[Group]) -> list[Tensor]:
+        """The norm of every group's gradient; none where they are known only after the step (`norm_of_step`)."""
+        grads = [[p.grad for p in group.parameters.values() if p.grad is not None] for group in groups]
+        return [torch.nn.utils.get_total_norm(group, foreach=True) for group in grads]
+
+    def agree(self, values: Tensor, losses: int, norms: int) -> Tensor:
+        """Losses (the first `losses` values) as of the whole batch, norms after them, then the wish to stop."""
+        return values
+
+    def clip(self, group: Group, norm: float, limit: float) -> None:
+        """Scale a group's gradients of that norm down to the limit."""
+        torch.nn.utils.clip_grads_with_norm_(group.parameters.values(), limit, torch.tensor(norm), foreach=True)
+
+    def step(self) -> float | None:
+        """The optimizer's step; the gradient's norm where the wrapper alone knows it."""
+        self.optimizer.step()
+        return None
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def full(self, tensor: Tensor) -> Tensor:
+        """A tensor whole. Where it is sharded all ranks must ask for it, in the same order."""
+        return tensor.detach()
+
+    def put(self, tensor: Tensor, value: Tensor) -> None:
+        """Write a whole value into a tensor, sharded or not."""
+        with torch.no_grad():
+            tensor.copy_(value)
+
+    def loaded(self) -> None:
+        """Parameters were written to from outside."""
+
+    def mine(self, number: int) -> bool:
+        """Whether this rank writes the tensor of that number into a commit."""
+        return self.world.main
+
+    def optimizer_tensors(self, names: dict[Tensor, str]) -> dict[str, Tensor]:
+        """This rank's part of the optimizer's state, whole tensors by `PARAMETER/KIND`."""
+        return {
+            f"{names[parameter]}/{kind}": value.detach()
+            for parameter, state in self.optimizer.state.items()
+            for kind, value in state.items()
+            if self.world.main
+        }
+
+    def load_optimizer(self, tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
+        """Put back what `optimizer_tensors` of all ranks gave, of any engine and number of ranks."""
+        for key, value in tensors.items():
+            name, kind = key.rsplit("/", 1)
+            parameter = parameters[name]
+            self.optimizer.state[parameter][kind] = value.to(parameter.device)
+
+    @contextmanager
+    def shown(self, module: nn.Module) -> Iterator[None]:
+        """Around forward passes of a placed module that do not go through `call`."""
+        yield

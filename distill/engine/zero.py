@@ -1,0 +1,306 @@
+"""DeepSpeed ZeRO-1, 2 and 3, with offload of the optimizer's state (and under 3 the weights) to CPU or NVMe.
+
+align: DeepSpeed's engine wants one backward per step, align does one per layer. So align goes round it, in ZeRO-1's
+way: every rank holds all mixers, every layer has an owner. Sent per step and layer: the gradient to the owner (reduce),
+the new weights from it (broadcast); the optimizer's state of a layer lies on its owner alone. Under ZeRO-3 the
+teacher's weights lie in shards and are gathered module by module.
+glue: DeepSpeed's engine. Sent per step: ZeRO-1 and 2 the gradients once and the weights once, ZeRO-3 the weights twice
+per part and the gradients once.
+
+Weights and optimizer are fp32 in DeepSpeed's eyes; bf16 products are autocast's, as in every other engine.
+DeepSpeed's own checkpoints are pickles and bound to the number of ranks; commits hold whole tensors instead, gathered
+through its `safe_get_full_…`, so that any engine reads them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import deepspeed  # pyright: ignore[reportMissingImports]  (an extra)
+import torch
+import torch.distributed as dist
+from deepspeed.utils import (  # pyright: ignore[reportMissingImports]
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    set_z3_leaf_modules,
+)
+from torch import Tensor, nn
+
+from ...mixers.base import Mixer
+from .base import Engine, MakeOptimizer
+from .ddp import check_ranks
+from .world import World
+
+if TYPE_CHECKING:
+    from ..stage import Group, Stage
+    from ..teacher import Teacher
+
+_KINDS = ("exp_avg", "exp_avg_sq")
+
+
+class Zero(Engine):
+    """See above."""
+
+    split = False
+
+    def __init__(self, world: World, stage: int, offload: str = "none", offload_dir: str | None = None) -> None:
+        super().__init__(world)
+        self.stage = stage
+        self.name = f"deepspeed-zero{stage}"
+        self.sharded = stage == 3
+        self.offload = offload
+        self.offload_dir = offload_dir
+        self.wrapper: Any = None
+        self.owners: dict[str, int] = {}
+        self.parameters: dict[str, nn.Parameter] = {}
+        self._teacher: tuple[Any, Teacher] | None = None
+        self._clip: float | None = None
+
+    def check(self) -> None:
+        """Assert that DeepSpeed sees the same ranks."""
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        check_ranks(self)
+        assert deepspeed.comm.get_world_size() == self.world.size, "DeepSpeed sees another number of ranks"
+
+    @property
+    def scale(self) -> float:
+        """DeepSpeed averages over ranks."""
+        return float(self.world.size) if self.wrapper is not None else 1.0
+
+    def place_teacher(self, teacher: Teacher) -> Teacher:
+        """ZeRO-3: a sharded copy. Else the teacher itself."""
+        if self.stage < 3:
+            return teacher
+        if self._teacher is None or self._teacher[0] is not teacher:
+            placed = replace(teacher, model=copy.deepcopy(teacher.model).to(self.world.device), whole=True)
+            config = self._config(None)
+            config["zero_optimization"].pop("offload_optimizer", None)
+            deepspeed.initialize(model=placed.backbone, config=config)
+            self._teacher = teacher, placed
+        return self._teacher[1]
+
+    def place_mixers(self, mixers: dict[int, Mixer]) -> dict[int, Mixer]:
+        """Whole, on this rank's device."""
+        if not self.sharded:
+            return mixers
+        return {layer: copy.deepcopy(mixer).to(self.world.device) for layer, mixer in mixers.items()}
+
+    def place_student(self, student: Any) -> Any:
+        """A copy where `begin` will shard it."""
+        return copy.deepcopy(student).to(self.world.device) if self.sharded else student
+
+    def collect(self, placed: nn.Module, original: nn.Module) -> None:
+        """Gather every tensor back."""
+        if placed is original:
+            return
+        own = original.state_dict(keep_vars=True)
+        for name, tensor in placed.state_dict(keep_vars=True).items():
+            own[name].data.copy_(self.full(tensor))
+
+    def begin(self, stage: Stage, make: MakeOptimizer, clip: float | None) -> torch.optim.Optimizer:
+        """DeepSpeed's engine for an end-to-end stage, owners of layers for the others."""
+        self.world.share(stage.module)
+        self.parameters = stage.parameters
+        self.optimizer = make()
+        self.wrapper = None
+        if stage.whole is None:
+            self.owners = {group.name: number % self.world.size for number, group in enumerate(stage.groups)}
+            return self.optimizer
+        if self.sharded:
+            set_z3_leaf_modules(stage.whole, list({type(m) for m in stage.whole.modules() if isinstance(m, Mixer)}))
+        self.wrapper, self.optimizer, _, _ = deepspeed.initialize(
+            model=stage.whole, optimizer=self.optimizer, config=self._config(clip)
+        )
+        if self.sharded:
+            student: Any = stage.module
+            heads = {student.get_output_embeddings().weight, student.get_input_embeddings().weight}
+            for weight in heads:
+                deepspeed.zero.register_external_parameter(stage.whole, weight)
+        return self.optimizer
+
+    def end(self) -> None:
+        """Destroy DeepSpeed's engine: its hooks would stay on the modules."""
+        if self.wrapper is not None:
+            self.wrapper.destroy()
+        self.wrapper = None
+        super().end()
+
+    def call(self, whole: nn.Module, *args: Any) -> Any:
+        """Through DeepSpeed's engine."""
+        return (whole if self.wrapper is None else self.wrapper)(*args)
+
+    @contextmanager
+    def part(self, last: bool) -> Iterator[None]:
+        """Tell DeepSpeed which part is the last."""
+        if self.wrapper is not None:
+            self.wrapper.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        """DeepSpeed's own."""
+        self.wrapper.backward(loss * self.scale)
+
+    def reduce(self, stage: Stage) -> None:
+        """Every layer's gradient to its owner."""
+        if self.wrapper is not None:
+            return
+        for group in stage.groups:
+            owner = self.owners[group.name]
+            parameters = [p for p in group.parameters.values() if p.grad is not None]
+            if not parameters:
+                continue
+            flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
+            dist.reduce(flat, dst=owner)
+            for piece, parameter in zip(flat.split([p.numel() for p in parameters]), parameters, strict=True):
+                parameter.grad = piece.view_as(parameter) if self.world.rank == owner else None
+
+    def norms(self, groups: list[Group]) -> list[Tensor]:
+        """Of the layers that this rank owns, 0 for others. DeepSpeed's own norm is known after its step."""
+        if self.wrapper is not None:
+            return []
+        return [norm.to(self.world.device) for norm in super().norms(groups)]
+
+    def agree(self, values: Tensor, losses: int, norms: int) -> Tensor:
+        """Sum everything: a norm is on its owner alone."""
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    def clip(self, group: Group, norm: float, limit: float) -> None:
+        """The owner's gradients; DeepSpeed's engine clips in its step."""
+        if self.wrapper is None and any(p.grad is not None for p in group.parameters.values()):
+            super().clip(group, norm, limit)
+
+    def step(self) -> float | None:
+        """DeepSpeed's step; or the owners', who then send the weights round."""
+        if self.wrapper is not None:
+            self.wrapper.step()
+            return float(self.wrapper.get_global_grad_norm())
+        self.optimizer.step()
+        for name, parameters in self._by_group():
+            for parameter in parameters:
+                dist.broadcast(parameter.detach(), src=self.owners[name])
+        return None
+
+    def zero_grad(self) -> None:
+        """Forget the gradients; DeepSpeed does in its step."""
+        if self.wrapper is None:
+            super().zero_grad()
+        else:
+            self.wrapper.zero_grad()
+
+    def full(self, tensor: Tensor) -> Tensor:
+        """Gathered under ZeRO-3."""
+        if not hasattr(tensor, "ds_id"):
+            return tensor.detach()
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
+
+    def put(self, tensor: Tensor, value: Tensor) -> None:
+        """Into the shards of all ranks under ZeRO-3."""
+        if not hasattr(tensor, "ds_id"):
+            super().put(tensor, value)
+            return
+        with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0), torch.no_grad():
+            tensor.copy_(value)
+
+    def loaded(self) -> None:
+        """Write the parameters into DeepSpeed's own fp32 copies."""
+        if self.wrapper is not None:
+            for parameter in self.parameters.values():
+                safe_set_full_fp32_param(parameter, self.full(parameter))
+
+    def mine(self, number: int) -> bool:
+        """Every rank writes its share under ZeRO-3."""
+        return number % self.world.size == self.world.rank if self.sharded else self.world.main
+
+    def optimizer_tensors(self, names: dict[Tensor, str]) -> dict[str, Tensor]:
+        """Align: what this rank owns. Glue: gathered tensor by tensor, every rank keeps its share."""
+        if self.wrapper is None:
+            return {
+                f"{names[parameter]}/{kind}": value.detach()
+                for parameter, state in self.optimizer.state.items()
+                for kind, value in state.items()
+            }
+        made, number = {}, 0
+        steps = self._steps()
+        if steps is None:
+            return made
+        for name, parameter in self.parameters.items():
+            for kind in _KINDS:
+                whole: Any = safe_get_full_optimizer_state(parameter, kind)
+                if number % self.world.size == self.world.rank:
+                    made[f"{name}/{kind}"] = whole.detach().cpu().clone()
+                number += 1
+            if self.world.main:
+                made[f"{name}/step"] = torch.tensor(float(steps))
+        return made
+
+    def load_optimizer(self, tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
+        """The owner's layers; or into DeepSpeed's shards."""
+        if self.wrapper is None:
+            owner = {name: self.owners[group] for group, names in self._names().items() for name in names}
+            own = {key: value for key, value in tensors.items() if owner[key.rsplit("/", 1)[0]] == self.world.rank}
+            super().load_optimizer(own, parameters)
+            return
+        if not tensors:
+            return
+        base = self.optimizer.optimizer
+        step = next(value for key, value in tensors.items() if key.endswith("/step"))
+        for group in base.param_groups:
+            for flat in group["params"]:
+                base.state[flat] = {"step": step.clone()} | {kind: torch.zeros_like(flat) for kind in _KINDS}
+        if hasattr(self.optimizer, "_lazy_init_hp_params_optimizer_state"):
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+        for name, parameter in parameters.items():
+            for kind in _KINDS:
+                safe_set_full_optimizer_state(parameter, tensors[f"{name}/{kind}"].to(parameter.device), kind)
+
+    @contextmanager
+    def shown(self, module: nn.Module) -> Iterator[None]:
+        """Modules gather their own weights."""
+        yield
+
+    def _by_group(self) -> Iterator[tuple[str, list[nn.Parameter]]]:
+        for group, names in self._names().items():
+            yield group, [self.parameters[name] for name in names]
+
+    def _names(self) -> dict[str, list[str]]:
+        """Parameters by the group `layer N` that they belong to."""
+        found: dict[str, list[str]] = {group: [] for group in self.owners}
+        for name in self.parameters:
+            found[f"layer {name.split('.')[0]}"].append(name)
+        return found
+
+    def _steps(self) -> float | None:
+        """Steps that DeepSpeed's optimizer has done; None before the first."""
+        for state in self.optimizer.optimizer.state.values():
+            if "step" in state:
+                return float(state["step"])
+        return None
+
+    def _config(self, clip: float | None) -> dict[str, Any]:
+        zero: dict[str, Any] = {"stage": self.stage, "contiguous_gradients": True, "overlap_comm": False}
+        if self.stage == 3:
+            zero |= {"stage3_gather_16bit_weights_on_model_save": False}
+        if self.offload != "none":
+            place: dict[str, Any] = {"device": self.offload, "pin_memory": self.world.device.type == "cuda"}
+            if self.offload == "nvme":
+                place["nvme_path"] = self.offload_dir
+            zero["offload_optimizer"] = place
+            if self.stage == 3:
+                zero["offload_param"] = dict(place)
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "gradient_clipping": clip or 0.0,
+            "steps_per_print": 10**9,
+        }
