@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Geometry, MixerSpec, TensorSpec, option
-from .heads import GatedOptions, chunk_length, head_bytes, head_flops, head_rows, output_flops, output_rows
+from .base import Floats, Geometry, MixerSpec, TensorSpec, option
+from .heads import HEADS, GatedOptions, chunk_length, head_bytes, head_flops, head_rows, output_flops, output_rows
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,12 @@ def delta_flops(geometry: Geometry, options: DeltaOptions) -> int:
     return flops + heads * (4 * chunk * d + chunk * chunk + 4 * chunk * d + 6 * d * d)
 
 
+def delta_excess(geometry: Geometry, options: DeltaOptions) -> int:
+    """What the backward pass costs beyond twice the forward: scores are made again; the chunks' inverses are kept."""
+    d, chunk = geometry.head_dim, chunk_length(geometry.head_dim, options.chunk)
+    return geometry.num_heads * (2 * chunk * d - 2 * chunk * chunk)
+
+
 class DeltaNetSpec(MixerSpec):
     """The delta rule without decay, on the attention's own queries, keys and values."""
 
@@ -53,6 +59,9 @@ class DeltaNetSpec(MixerSpec):
     paper = "https://arxiv.org/abs/2406.06484"
     options = DeltaNetOptions
     aliases = ("delta-net", "delta_net", "delta")
+    reads = (*HEADS, "b_proj.weight")
+    kept = Floats(11.0, 1.4, 0.2, 0.5)
+    most = Floats(11.2, 2.4, 5.4, 1.1)
 
     @staticmethod
     def tensors(geometry: Geometry, options: DeltaNetOptions, *, first: bool, position: float) -> list[TensorSpec]:
@@ -63,6 +72,11 @@ class DeltaNetSpec(MixerSpec):
     def flops_per_token(geometry: Geometry, options: DeltaNetOptions) -> int:
         """Matrix products only, in the chunked form."""
         return delta_flops(geometry, options)
+
+    @staticmethod
+    def backward_excess(geometry: Geometry, options: DeltaNetOptions) -> int:
+        """See `delta_excess`."""
+        return delta_excess(geometry, options)
 
     @staticmethod
     def state_bytes(geometry: Geometry, options: DeltaNetOptions) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Geometry, MixerSpec, TensorSpec, option
-from .deltanet import DeltaOptions, delta_flops, delta_rows
-from .heads import head_bytes, head_rows, output_rows
+from .base import Floats, Geometry, MixerSpec, TensorSpec, option
+from .deltanet import DeltaOptions, delta_excess, delta_flops, delta_rows
+from .heads import HEADS, head_bytes, head_rows, output_rows
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,9 @@ class GatedDeltaNetSpec(MixerSpec):
     paper = "https://arxiv.org/abs/2412.06464"
     options = GatedDeltaNetOptions
     aliases = ("gdn", "gated-deltanet", "gated_delta_net")
+    reads = (*HEADS, "a_proj.weight", "b_proj.weight")
+    kept = Floats(11.2, 1.4, 0.1, 0.5)
+    most = Floats(11.3, 3.1, 4.9, 1.3)
 
     @staticmethod
     def tensors(geometry: Geometry, options: GatedDeltaNetOptions, *, first: bool, position: float) -> list[TensorSpec]:
@@ -44,6 +47,11 @@ class GatedDeltaNetSpec(MixerSpec):
     def flops_per_token(geometry: Geometry, options: GatedDeltaNetOptions) -> int:
         """Matrix products only, in the chunked form."""
         return delta_flops(geometry, options) + 2 * geometry.hidden_size * geometry.num_heads
+
+    @staticmethod
+    def backward_excess(geometry: Geometry, options: GatedDeltaNetOptions) -> int:
+        """See `delta_excess`."""
+        return delta_excess(geometry, options)
 
     @staticmethod
     def state_bytes(geometry: Geometry, options: GatedDeltaNetOptions) -> int:

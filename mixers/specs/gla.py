@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Geometry, MixerSpec, TensorSpec, option
-from .heads import head_bytes, head_rows, output_rows
-from .linear import ChannelOptions, linear_flops, linear_rows, span
+from .base import Floats, Geometry, MixerSpec, TensorSpec, option
+from .heads import HEADS, head_bytes, head_rows, output_rows
+from .linear import ChannelOptions, linear_excess, linear_flops, linear_rows, span
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,9 @@ class GLASpec(MixerSpec):
     paper = "https://arxiv.org/abs/2312.06635"
     options = GLAOptions
     aliases = ("gated-linear-attention", "gated_linear_attention")
+    reads = (*HEADS, "gk_down.weight")
+    kept = Floats(16.2, 1.2, 0.2, 0.7)
+    most = Floats(17.3, 2.0, 4.9, 1.2)
 
     @staticmethod
     def tensors(geometry: Geometry, options: GLAOptions, *, first: bool, position: float) -> list[TensorSpec]:
@@ -46,6 +49,11 @@ class GLASpec(MixerSpec):
         """Matrix products only, in the chunked form."""
         decay = 2 * options.decay_rank * (geometry.hidden_size + geometry.inner_size)
         return linear_flops(geometry, options) + decay
+
+    @staticmethod
+    def backward_excess(geometry: Geometry, options: GLAOptions) -> int:
+        """See `linear_excess`."""
+        return linear_excess(geometry, options)
 
     @staticmethod
     def state_bytes(geometry: Geometry, options: GLAOptions) -> int:

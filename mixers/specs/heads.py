@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from .base import Geometry, MixerOptions, TensorSpec, option
+from .base import Geometry, MixerOptions, MixerSpec, TensorSpec, option
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ class LinearOptions(GatedOptions):
         "what is done to queries and keys beside the teacher's own norms: nothing, or unit length",
         choices=("none", "unit"),
     )
+
+
+HEADS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "g_proj.weight")
+"""What multiplies the layer input in every mixer with the attention's projections."""
 
 
 def chunk_length(head_dim: int, chosen: int | None) -> int:
@@ -147,6 +152,21 @@ def window_flops(geometry: Geometry, window: int, sinks: int = 0, chunk: int | N
     block = window_block(window, chunk)
     keys = block * (1 + -(-(window - 1) // block)) + sinks
     return geometry.num_heads * 4 * keys * geometry.head_dim
+
+
+def activations(spec: type[MixerSpec], geometry: Geometry, options: Any) -> tuple[int, int]:
+    """Floats per token that training a layer takes: kept from forward to backward, and the most of it alone."""
+    chunk = chunk_length(geometry.head_dim, getattr(options, "chunk", None))
+    kept, most = spec.kept.count(geometry, chunk), spec.most.count(geometry, chunk)
+    if window := getattr(options, "window", 0):
+        block = window_block(window, getattr(options, "chunk", None) if spec.softmax else None)
+        blocks = 1 + -(-(window - 1) // block)
+        scores = geometry.num_heads * (block * blocks + getattr(options, "sinks", 0))
+        kept, most = (
+            floats + per_score * scores + per_copy * blocks * geometry.kv_size
+            for floats, (per_score, per_copy) in zip((kept, most), spec.near, strict=True)
+        )
+    return round(kept), round(most)
 
 
 def window_numbers(geometry: Geometry, options: HeadOptions, window: int, sinks: int = 0) -> int:

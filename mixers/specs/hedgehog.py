@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Geometry, MixerSpec, TensorSpec, option
-from .heads import HeadOptions, head_bytes, head_flops, head_rows, window_block, window_flops, window_numbers
+from .base import Floats, Geometry, MixerSpec, TensorSpec, option
+from .heads import HEADS, HeadOptions, head_bytes, head_flops, head_rows, window_block, window_flops, window_numbers
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,10 @@ class HedgehogSpec(MixerSpec):
     paper = "https://arxiv.org/abs/2410.10254"
     options = HedgehogOptions
     aliases = ("lolcats", "hedgehog-swa")
+    reads = HEADS
+    kept = Floats(7.6, 1.9, 1.0)
+    near = (1.5, 5.6), (0.9, 5.0)
+    most = Floats(10.3, 1.7, 5.8)
 
     @staticmethod
     def tensors(geometry: Geometry, options: HedgehogOptions, *, first: bool, position: float) -> list[TensorSpec]:
@@ -89,6 +93,12 @@ class HedgehogSpec(MixerSpec):
         mapped = 2 * (heads + kv) * d * feature_size(geometry, options)
         far = heads * (2 * block * (features + d + 1) + 2 * features * (d + 1)) + kv * 2 * features * (d + 1)
         return head_flops(geometry, options) + near + mapped + far
+
+    @staticmethod
+    def backward_excess(geometry: Geometry, options: HedgehogOptions) -> int:
+        """See the base class: the scores beyond the window are made again."""
+        block = window_block(options.window, options.chunk)
+        return geometry.num_heads * 2 * block * _features(geometry, options)
 
     @staticmethod
     def state_bytes(geometry: Geometry, options: HedgehogOptions) -> int:

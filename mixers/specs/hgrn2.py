@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Geometry, MixerSpec, TensorSpec, option
-from .heads import head_bytes, head_rows, output_rows
-from .linear import ChannelOptions, linear_flops, linear_rows, span
+from .base import Floats, Geometry, MixerSpec, TensorSpec, option
+from .heads import HEADS, head_bytes, head_rows, output_rows
+from .linear import ChannelOptions, linear_excess, linear_flops, linear_rows, span
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class HGRN2Spec(MixerSpec):
     paper = "https://arxiv.org/abs/2404.07904"
     options = HGRN2Options
     aliases = ("hgrn-2", "hgrn")
+    reads = (*HEADS, "f_proj.weight")
+    kept = Floats(16.2, 1.2, 0.2, 0.7)
+    most = Floats(17.3, 2.0, 4.9, 1.2)
 
     @staticmethod
     def tensors(geometry: Geometry, options: HGRN2Options, *, first: bool, position: float) -> list[TensorSpec]:
@@ -50,6 +53,11 @@ class HGRN2Spec(MixerSpec):
     def flops_per_token(geometry: Geometry, options: HGRN2Options) -> int:
         """Matrix products only, in the chunked form."""
         return linear_flops(geometry, options) + 2 * geometry.hidden_size * geometry.inner_size
+
+    @staticmethod
+    def backward_excess(geometry: Geometry, options: HGRN2Options) -> int:
+        """See `linear_excess`."""
+        return linear_excess(geometry, options)
 
     @staticmethod
     def state_bytes(geometry: Geometry, options: HGRN2Options) -> int:

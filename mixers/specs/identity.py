@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Geometry, MixerOptions, MixerSpec, TensorSpec, option
+from .base import Floats, Geometry, MixerOptions, MixerSpec, TensorSpec, option
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,9 @@ class IdentitySpec(MixerSpec):
     paper = "https://arxiv.org/abs/2511.02651"
     options = IdentityOptions
     aliases = ("no-mixing", "no_mixing")
+    reads = ("v_proj.weight",)
+    kept = Floats(1.0)
+    most = Floats(1.0, 0.0, 6.0)
 
     @staticmethod
     def reach(options: IdentityOptions) -> int:

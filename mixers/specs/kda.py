@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Geometry, MixerSpec, TensorSpec, option
+from .base import Floats, Geometry, MixerSpec, TensorSpec, option
 from .deltanet import DeltaOptions, delta_flops, delta_rows
-from .heads import chunk_length, head_bytes, head_rows, output_rows
+from .heads import HEADS, chunk_length, head_bytes, head_rows, output_rows
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,9 @@ class KDASpec(MixerSpec):
     paper = "https://arxiv.org/abs/2510.26692"
     options = KDAOptions
     aliases = ("kimi", "kimi-delta-attention", "kimi_delta_attention")
+    reads = (*HEADS, "f_a_proj.weight", "b_proj.weight")
+    kept = Floats(14.0, 1.5, 0.2, 0.6)
+    most = Floats(16.0, 6.2, 3.4, 1.4)
 
     @staticmethod
     def tensors(geometry: Geometry, options: KDAOptions, *, first: bool, position: float) -> list[TensorSpec]:
@@ -50,6 +53,12 @@ class KDASpec(MixerSpec):
         # The decay's projection; what a chunk's inverse makes of the keys that read the state.
         flops = 2 * rank * (geometry.hidden_size + geometry.inner_size) + 2 * chunk * geometry.inner_size
         return delta_flops(geometry, options) + flops
+
+    @staticmethod
+    def backward_excess(geometry: Geometry, options: KDAOptions) -> int:
+        """See the base class: scores and what keys read in the state are made again; the inverse is kept."""
+        d, chunk = geometry.head_dim, chunk_length(geometry.head_dim, options.chunk)
+        return geometry.num_heads * (6 * chunk * d + 4 * d * d - 2 * chunk * chunk)
 
     @staticmethod
     def state_bytes(geometry: Geometry, options: KDAOptions) -> int:

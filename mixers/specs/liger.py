@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Geometry, MixerSpec, TensorSpec, option
-from .heads import GatedOptions, chunk_length, head_bytes, head_flops, head_rows, output_flops, output_rows
+from .base import Floats, Geometry, MixerSpec, TensorSpec, option
+from .heads import HEADS, GatedOptions, chunk_length, head_bytes, head_flops, head_rows, output_flops, output_rows
+from .linear import linear_excess
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class LigerSpec(MixerSpec):
     paper = "https://arxiv.org/abs/2503.01496"
     options = LigerOptions
     aliases = ("liger-gla", "liger_gla")
+    reads = HEADS
+    kept = Floats(10.4, 1.0, 0.3)
+    most = Floats(14.2, 0.7, 4.7)
 
     @staticmethod
     def tensors(geometry: Geometry, options: LigerOptions, *, first: bool, position: float) -> list[TensorSpec]:
@@ -57,6 +61,11 @@ class LigerSpec(MixerSpec):
         # Per token and head: scores and their read-out inside a chunk, what is written, and what is read of the state.
         inside = 2 * chunk * (d + read) + 2 * 2 * d * read
         return head_flops(geometry, options) + output_flops(geometry, options) + geometry.num_heads * inside
+
+    @staticmethod
+    def backward_excess(geometry: Geometry, options: LigerOptions) -> int:
+        """See the base class: scores are made again."""
+        return linear_excess(geometry, options)
 
     @staticmethod
     def state_bytes(geometry: Geometry, options: LigerOptions) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Geometry, MixerSpec, TensorSpec, option
-from .heads import LinearOptions, head_bytes, head_rows, output_rows
-from .linear import linear_flops, linear_rows
+from .base import Floats, Geometry, MixerSpec, TensorSpec, option
+from .heads import HEADS, LinearOptions, head_bytes, head_rows, output_rows
+from .linear import linear_excess, linear_flops, linear_rows
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,9 @@ class LightningSpec(MixerSpec):
     paper = "https://arxiv.org/abs/2601.22156"
     options = LightningOptions
     aliases = ("lightning-attention", "lightning_attention", "retnet", "halo")
+    reads = HEADS
+    kept = Floats(9.1, 1.1, 0.1, 0.9)
+    most = Floats(9.3, 1.0, 6.0, 0.9)
 
     @staticmethod
     def tensors(geometry: Geometry, options: LightningOptions, *, first: bool, position: float) -> list[TensorSpec]:
@@ -47,6 +50,11 @@ class LightningSpec(MixerSpec):
     def flops_per_token(geometry: Geometry, options: LightningOptions) -> int:
         """Matrix products only, in the chunked form."""
         return linear_flops(geometry, options)
+
+    @staticmethod
+    def backward_excess(geometry: Geometry, options: LightningOptions) -> int:
+        """See `linear_excess`."""
+        return linear_excess(geometry, options)
 
     @staticmethod
     def state_bytes(geometry: Geometry, options: LightningOptions) -> int:

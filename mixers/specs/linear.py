@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .base import Geometry, TensorSpec, option
-from .heads import LinearOptions, chunk_length, head_flops, output_flops
+from .heads import GatedOptions, LinearOptions, chunk_length, head_flops, output_flops
 
 
 @dataclass(frozen=True)
@@ -56,3 +56,8 @@ def linear_flops(geometry: Geometry, options: LinearOptions) -> int:
     # Per token and head: scores and reads inside the chunk; writes to the state and reads of it.
     inside = 4 * chunk_length(d, options.chunk) * d + 4 * d * d
     return head_flops(geometry, options) + output_flops(geometry, options) + geometry.num_heads * inside
+
+
+def linear_excess(geometry: Geometry, options: GatedOptions) -> int:
+    """What the backward pass costs beyond twice the forward: the scores inside chunks are made again."""
+    return geometry.num_heads * 2 * chunk_length(geometry.head_dim, options.chunk) * geometry.head_dim

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Geometry, MixerSpec, TensorSpec, option
-from .heads import LinearOptions, head_bytes, head_flops, head_rows, output_flops, output_rows
+from .base import Floats, Geometry, MixerSpec, TensorSpec, option
+from .heads import HEADS, LinearOptions, head_bytes, head_flops, head_rows, output_flops, output_rows
 
 STATE = 16
 """Mamba's own state size."""
@@ -64,6 +64,9 @@ class MambaSpec(MixerSpec):
     paper = "https://arxiv.org/abs/2312.00752"
     options = MambaOptions
     aliases = ("mamba1", "mamba-1", "s6", "mamba-in-the-llama")
+    reads = (*HEADS, "dt_in_proj.weight")
+    kept = Floats(11.5, 1.1, 0.0, 0.1)
+    most = Floats(14.1, 5.6, 3.4, 0.5)
 
     @staticmethod
     def refusal(geometry: Geometry, options: MambaOptions) -> str | None:
@@ -106,6 +109,11 @@ class MambaSpec(MixerSpec):
         inner, rank = geometry.inner_size, dt_rank(geometry, options)
         flops = head_flops(geometry, options) + output_flops(geometry, options)
         return flops + 2 * rank * (geometry.hidden_size + inner) + 2 * inner * group_size(geometry, options)
+
+    @staticmethod
+    def backward_excess(geometry: Geometry, options: MambaOptions) -> int:
+        """See the base class: the states are made again, and read once more."""
+        return 2 * geometry.inner_size * group_size(geometry, options)
 
     @staticmethod
     def state_bytes(geometry: Geometry, options: MambaOptions) -> int:

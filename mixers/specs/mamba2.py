@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Geometry, MixerSpec, TensorSpec, option
-from .heads import LinearOptions, head_bytes, head_rows, output_rows
-from .linear import linear_flops, linear_rows
+from .base import Floats, Geometry, MixerSpec, TensorSpec, option
+from .heads import HEADS, LinearOptions, head_bytes, head_rows, output_rows
+from .linear import linear_excess, linear_flops, linear_rows
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,9 @@ class Mamba2Spec(MixerSpec):
     paper = "https://arxiv.org/abs/2405.21060"
     options = Mamba2Options
     aliases = ("mamba-2", "ssd", "mohawk")
+    reads = (*HEADS, "a_proj.weight", "dt_proj.weight")
+    kept = Floats(11.4, 0.0, 0.5, 0.6)
+    most = Floats(11.8, 0.0, 6.3, 0.6)
 
     @staticmethod
     def tensors(geometry: Geometry, options: Mamba2Options, *, first: bool, position: float) -> list[TensorSpec]:
@@ -76,6 +79,11 @@ class Mamba2Spec(MixerSpec):
     def flops_per_token(geometry: Geometry, options: Mamba2Options) -> int:
         """Matrix products only, in the chunked form."""
         return linear_flops(geometry, options) + 2 * geometry.hidden_size * geometry.num_heads
+
+    @staticmethod
+    def backward_excess(geometry: Geometry, options: Mamba2Options) -> int:
+        """See `linear_excess`."""
+        return linear_excess(geometry, options)
 
     @staticmethod
     def state_bytes(geometry: Geometry, options: Mamba2Options) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Geometry, MixerSpec, TensorSpec, option
-from .heads import LinearOptions, chunk_length, head_bytes, head_flops, head_rows, output_flops, output_rows
+from .base import Floats, Geometry, MixerSpec, TensorSpec, option
+from .heads import HEADS, LinearOptions, chunk_length, head_bytes, head_flops, head_rows, output_flops, output_rows
+from .linear import linear_excess
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class MLSTMSpec(MixerSpec):
     paper = "https://arxiv.org/abs/2405.04517"
     options = MLSTMOptions
     aliases = ("xlstm", "m-lstm", "matrix-lstm")
+    reads = (*HEADS, "i_proj.weight", "f_proj.weight")
+    kept = Floats(8.7, 1.2, 0.1, 0.7)
+    most = Floats(8.3, 1.1, 6.1, 0.9)
 
     @staticmethod
     def tensors(geometry: Geometry, options: MLSTMOptions, *, first: bool, position: float) -> list[TensorSpec]:
@@ -53,6 +57,11 @@ class MLSTMSpec(MixerSpec):
         flops = head_flops(geometry, options) + output_flops(geometry, options) + 2 * geometry.hidden_size * 2 * heads
         # Per token and head: scores and what they read; what is written; reads of the state and of the normaliser.
         return flops + heads * (4 * chunk * d + 2 * d * d + 2 * d * d + 2 * d)
+
+    @staticmethod
+    def backward_excess(geometry: Geometry, options: MLSTMOptions) -> int:
+        """See `linear_excess`."""
+        return linear_excess(geometry, options)
 
     @staticmethod
     def state_bytes(geometry: Geometry, options: MLSTMOptions) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Geometry, MixerSpec, TensorSpec, option
-from .heads import head_bytes, head_rows, output_rows
-from .linear import ChannelOptions, linear_flops, linear_rows, span
+from .base import Floats, Geometry, MixerSpec, TensorSpec, option
+from .heads import HEADS, head_bytes, head_rows, output_rows
+from .linear import ChannelOptions, linear_excess, linear_flops, linear_rows, span
 
 SHIFTED = 5
 """What reads its own mix of the token and the one before: receptance, key, value, decay, gate."""
@@ -41,6 +41,9 @@ class RWKV6Spec(MixerSpec):
     paper = "https://arxiv.org/abs/2505.03005"
     options = RWKV6Options
     aliases = ("rwkv-6", "rad-rwkv6", "qrwkv6", "finch")
+    reads = (*HEADS, "w1")
+    kept = Floats(16.4, 1.4, 7.5, 0.7)
+    most = Floats(18.5, 5.2, 13.9, 1.2)
 
     @staticmethod
     def tensors(geometry: Geometry, options: RWKV6Options, *, first: bool, position: float) -> list[TensorSpec]:
@@ -71,6 +74,16 @@ class RWKV6Spec(MixerSpec):
         if options.token_shift:
             flops += 4 * SHIFTED * hidden * rank(hidden, options.shift_rank)
         return flops
+
+    @staticmethod
+    def backward_excess(geometry: Geometry, options: RWKV6Options) -> int:
+        """See `linear_excess`."""
+        return linear_excess(geometry, options)
+
+    @classmethod
+    def input_flops(cls, geometry: Geometry, options: RWKV6Options) -> int:
+        """See the base class: with the token shift, whose mix is learnt, nothing reads the layer input as it is."""
+        return 0 if options.token_shift else super().input_flops(geometry, options)
 
     @staticmethod
     def state_bytes(geometry: Geometry, options: RWKV6Options) -> int:

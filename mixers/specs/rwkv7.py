@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Geometry, MixerSpec, TensorSpec, option
-from .heads import WindowOptions, chunk_length, head_bytes, head_flops, head_rows, window_flops, window_rows
+from .base import Floats, Geometry, MixerSpec, TensorSpec, option
+from .heads import HEADS, WindowOptions, chunk_length, head_bytes, head_flops, head_rows, window_flops, window_rows
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,9 @@ class RWKV7Spec(MixerSpec):
     paper = "https://arxiv.org/abs/2505.03005"
     options = RWKV7Options
     aliases = ("rwkv-7", "rad-rwkv7", "qrwkv7", "goose")
+    reads = (*HEADS, "w1", "a1", "v1", "g1")
+    kept = Floats(20.0, 0.5, 0.3, 0.7)
+    most = Floats(27.4, 10.9, 1.5, 1.6)
 
     @staticmethod
     def tensors(geometry: Geometry, options: RWKV7Options, *, first: bool, position: float) -> list[TensorSpec]:
@@ -102,6 +105,12 @@ class RWKV7Spec(MixerSpec):
         # Per token and head: scores of kappa and r with what is removed and written; a chunk's inverse; what kappa
         # reads inside, what the inverse makes of it, what r reads inside; what the state is read for and takes up.
         return flops + heads * (8 * chunk * d + chunk * chunk + 8 * chunk * d + 8 * d * d)
+
+    @staticmethod
+    def backward_excess(geometry: Geometry, options: RWKV7Options) -> int:
+        """See the base class: scores, and products inside chunks, are made again; the inverse is kept."""
+        heads, d, chunk = geometry.num_heads, geometry.head_dim, chunk_length(geometry.head_dim, options.chunk)
+        return heads * (8 * chunk * d - 2 * chunk * chunk)
 
     @staticmethod
     def state_bytes(geometry: Geometry, options: RWKV7Options) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Geometry, MixerSpec, TensorSpec, option
-from .heads import HeadOptions, head_bytes, head_flops, head_rows, window_flops, window_numbers
+from .base import Floats, Geometry, MixerSpec, TensorSpec, option
+from .heads import HEADS, HeadOptions, head_bytes, head_flops, head_rows, window_flops, window_numbers
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,10 @@ class SWASpec(MixerSpec):
     paper = "https://arxiv.org/abs/2309.17453"
     options = SWAOptions
     aliases = ("sliding-window", "sliding_window", "streaming-llm", "lighttransfer")
+    reads = HEADS
+    kept = Floats(2.1, 0.8)
+    near = (1.0, 2.5), (4.0, 1.5)
+    most = Floats(1.1, 0.5, 1.0)
     softmax = True
 
     @staticmethod

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Geometry, MixerSpec, TensorSpec, option
+from .base import Floats, Geometry, MixerSpec, TensorSpec, option
 from .deltanet import DeltaOptions, delta_flops, delta_rows
-from .heads import chunk_length, head_bytes, head_rows, output_rows
+from .heads import HEADS, chunk_length, head_bytes, head_rows, output_rows
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,9 @@ class TitansSpec(MixerSpec):
     paper = "https://arxiv.org/abs/2501.00663"
     options = TitansOptions
     aliases = ("titans-lmm", "neural-memory", "lmm")
+    reads = (*HEADS, "a_proj.weight", "b_proj.weight", "e_proj.weight")
+    kept = Floats(10.3, 1.3, 0.1, 1.5)
+    most = Floats(11.3, 7.7, 3.3, 2.8)
 
     @staticmethod
     def tensors(geometry: Geometry, options: TitansOptions, *, first: bool, position: float) -> list[TensorSpec]:
@@ -54,6 +57,12 @@ class TitansSpec(MixerSpec):
         weights = 6 * chunk * chunk + 2 * chunk
         states = 4 * chunk * d + 6 * d * d + 8 * d * d // chunk
         return delta_flops(geometry, options) + gates + heads * (weights + states)
+
+    @staticmethod
+    def backward_excess(geometry: Geometry, options: TitansOptions) -> int:
+        """See the base class: scores, and what the weights need of both states, are made again."""
+        d, chunk = geometry.head_dim, chunk_length(geometry.head_dim, options.chunk)
+        return geometry.num_heads * (2 * chunk * d + 8 * d * d - 8 * d * d // chunk + 6 * chunk)
 
     @staticmethod
     def state_bytes(geometry: Geometry, options: TitansOptions) -> int:

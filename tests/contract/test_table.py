@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -88,21 +89,45 @@ def _product_flops(added, left, right, *args, out_shape=None, **kwargs) -> int:
     return 2 * batch * rows * inner * right[-1]
 
 
-def test_flops_are_those_of_the_matrix_products(name, any_options, small):
-    spec = registry.spec(name)
-    parsed = spec.options.parse(any_options)
+@pytest.fixture
+def counted():
+    """counted() -> a counter of torch's that knows the products which it does not know by itself."""
+    aten = torch.ops.aten
+    unknown = {aten.linalg_solve_triangular: _triangular_flops, aten.baddbmm_: _product_flops}
+    return lambda: FlopCounterMode(display=False, custom_mapping=unknown)
+
+
+def _parts(name, any_options, small, gradient=False):
+    """A mixer, a call of it on many chunks, longer than a window, and how many tokens that has."""
+    parsed = registry.spec(name).options.parse(any_options)
     mixer = registry.module(name)(small, parsed, 1, 2, False)
-    # Many chunks, and longer than a window.
     batch, length = 2, 256 * (1 + -(-getattr(parsed, "window", 0) // 256))
     inputs = MixerInputs()
     lower = registry.module(name)(small, parsed, 0, 2, True)
     rotary = (torch.ones(1, length, small.head_dim), torch.zeros(1, length, small.head_dim))
-    x = torch.randn(batch, length, small.hidden_size)
+    x = torch.randn(batch, length, small.hidden_size, requires_grad=gradient)
     with torch.no_grad():
         lower(x, position_embeddings=rotary, mixer_inputs=inputs)
-        aten = torch.ops.aten
-        unknown = {aten.linalg_solve_triangular: _triangular_flops, aten.baddbmm_: _product_flops}
-        with FlopCounterMode(display=False, custom_mapping=unknown) as counter:
-            mixer(x, position_embeddings=rotary, mixer_inputs=inputs)
-    counted = counter.get_total_flops() / (batch * length)
-    assert abs(spec.flops_per_token(small, parsed) - counted) <= 0.01 * counted
+    return parsed, lambda: mixer(x, position_embeddings=rotary, mixer_inputs=inputs)[0], batch * length
+
+
+def test_flops_are_those_of_the_matrix_products(name, any_options, small, counted):
+    parsed, call, tokens = _parts(name, any_options, small)
+    with torch.no_grad(), counted() as counter:
+        call()
+    found = counter.get_total_flops() / tokens
+    assert abs(registry.spec(name).flops_per_token(small, parsed) - found) <= 0.01 * found
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_backward_flops_are_those_of_the_matrix_products(name, any_options, small, counted, gradient):
+    spec = registry.spec(name)
+    parsed, call, tokens = _parts(name, any_options, small, gradient)
+    out = call()
+    if not out.requires_grad:  # nothing in it to train
+        assert spec.backward_flops(small, parsed) == 0
+        return
+    with counted() as counter:
+        out.backward(torch.ones_like(out))
+    found = counter.get_total_flops() / tokens
+    assert abs(spec.backward_flops(small, parsed, gradient) - found) <= 0.02 * found
