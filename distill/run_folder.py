@@ -7,6 +7,10 @@ FOLDER/transfer.json       where every parameter of every mixer came from
 FOLDER/calibrate.json      what calibrate found and did in every layer; calibrate.png shows it
 FOLDER/checkpoints/        commits, `STAGE-STEP`
 FOLDER/export/             the converted model
+FOLDER/logs/               stacks of a process that hung
+FOLDER/replay/             batch and generators of a step that failed
+FOLDER/manifest.json       every final file, with size and hash
+FOLDER/run.lock            who is at work here now
 FOLDER/result.json         what came out
 """
 
@@ -18,10 +22,27 @@ from typing import Any
 
 from . import files
 from .errors import UserError
+from .lock import LOCK, RunLock
 
 RECORD = "run.json"
 # A run may be continued with other values of these: they change neither the data nor the weights.
 _FREE = ("eval", "save", "track", "publish", "max_hours")
+# Of `engine` this alone changes more than the last bits; commits warn of another environment.
+_ENGINE = ("precision",)
+
+
+def take(folder: Path) -> RunLock:
+    """Make a folder, where there is none, and lock it, before anything in it is read or written.
+
+    Raises:
+        UserError: it holds other files than a run's, or another process works in it.
+        MachineError: it cannot be made or written.
+    """
+    if not (folder / RECORD).exists():
+        _check_empty(folder)
+    with files.disk_guard(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return RunLock(folder)
 
 
 def claim(folder: Path, record: dict[str, Any], recipe_text: str, *, resume: bool) -> bool:
@@ -41,10 +62,7 @@ def claim(folder: Path, record: dict[str, Any], recipe_text: str, *, resume: boo
     """
     if (folder / RECORD).exists():
         before = read(folder)
-        if not resume:
-            raise UserError(
-                f"{folder}: already holds a run. Continue it with --resume, or choose another folder: --out DIR"
-            )
+        check_free(folder, resume=resume)
         different = _differences(before, record)
         if different:
             raise UserError(
@@ -53,9 +71,9 @@ def claim(folder: Path, record: dict[str, Any], recipe_text: str, *, resume: boo
             )
         files.write_text(folder / "recipe.yaml", recipe_text)
         return True
-    if folder.exists() and (not folder.is_dir() or any(p for p in folder.iterdir() if not files.is_temporary(p))):
-        raise UserError(f"{folder}: exists and is not a run of relinear. Choose another folder: --out DIR")
-    folder.mkdir(parents=True, exist_ok=True)
+    _check_empty(folder)
+    with files.disk_guard(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     files.write_json(folder / RECORD, record)
     files.write_text(folder / "recipe.yaml", recipe_text)
     return False
@@ -78,18 +96,52 @@ def read(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error}). Choose another folder: --out DIR") from None
 
 
+def check_free(folder: Path, *, resume: bool) -> None:
+    """What `take` and `claim` would refuse whatever the run, before any process of it starts; writes nothing.
+
+    Raises:
+        UserError: the folder holds a run and `resume` is False, or other files.
+    """
+    if not (folder / RECORD).exists():
+        _check_empty(folder)
+    elif not resume:
+        raise UserError(
+            f"{folder}: already holds a run. Continue it with --resume, or choose another folder: --out DIR"
+        )
+
+
+def _check_empty(folder: Path) -> None:
+    if not folder.exists():
+        return
+    free = (LOCK, "logs")  # made before the run is
+    if not folder.is_dir() or any(p for p in folder.iterdir() if not files.is_temporary(p) and p.name not in free):
+        raise UserError(f"{folder}: exists and is not a run of relinear. Choose another folder: --out DIR")
+
+
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """`key: was X, is Y` for everything that must be equal for the same run to go on."""
     found: list[str] = []
     for key in ("recipe", "teacher", "layers", "start"):
         old, new = before.get(key), json.loads(json.dumps(now.get(key)))
         if key == "teacher":  # the same one may lie elsewhere now; its tensors are compared when a stage resumes
-            old, new = ({k: v for k, v in (entry or {}).items() if k != "folder"} for entry in (old, new))
+            # A run that began before fingerprints were kept has none.
+            free = {"folder"} | ({"fingerprint"} if "fingerprint" not in (old or {}) else set())
+            old, new = ({k: v for k, v in (entry or {}).items() if k not in free} for entry in (old, new))
         if key == "recipe":
-            old = {k: v for k, v in (old or {}).items() if k not in _FREE}
-            new = {k: v for k, v in (new or {}).items() if k not in _FREE}
+            old, new = _binding(old or {}), _binding(new or {})
         _compare(key, old, new, found)
     return found
+
+
+def _binding(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What of a recipe must stay as it is. Spikes count from the resumed step on."""
+    made = {key: value for key, value in recipe.items() if key not in _FREE}
+    made["engine"] = {key: value for key, value in (made.get("engine") or {}).items() if key in _ENGINE}
+    made["stages"] = [
+        {kind: {k: v for k, v in settings.items() if k != "spike"} for kind, settings in stage.items()}
+        for stage in made.get("stages", [])
+    ]
+    return made
 
 
 def _compare(path: str, old: Any, new: Any, found: list[str]) -> None:

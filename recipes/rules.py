@@ -13,6 +13,20 @@ Path = tuple[str | int, ...]
 
 # Setting one on top of a parent recipe, or on the command line, removes the other one from below.
 ALTERNATIVES = (("layers", "keep", "convert"), ("data", "source", "mix"))
+RESERVED = (
+    "checkpoints",
+    "export",
+    "logs",
+    "loss",
+    "manifest",
+    "measured",
+    "metrics",
+    "recipe",
+    "replay",
+    "result",
+    "run",
+)
+"""Names in a run folder that no stage may have, as it writes files of its own name there."""
 ORDER = ("transfer", "calibrate", "matrix", "align", "glue", "extend")
 
 
@@ -98,6 +112,8 @@ def _stages(raw: dict[str, Any]) -> list[tuple[Path, str]]:
                 (("stages", i), f"a stage named {name!r} came before; give one of them another name: {{name: ...}}")
             )
         names.add(name)
+        if name in RESERVED or (name in ORDER and name != kind):
+            found.append((("stages", i, kind, "name"), f"{name!r} is taken in a run folder; choose another name"))
         if kind in ORDER:
             if i == 0 and kind != "transfer":
                 found.append((("stages", i), f"the first stage is {kind}; put - transfer: {{}} before it"))

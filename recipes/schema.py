@@ -172,7 +172,7 @@ class Stage(Section):
     title: ClassVar[str]
     name: str = Field(
         default="",
-        pattern=r"^[A-Za-z0-9_-]*$",
+        pattern=r"^[A-Za-z0-9_-]{0,64}$",
         description="what overrides, metrics and folders call it; its kind if empty",
     )
 
@@ -389,20 +389,34 @@ class EngineSection(Section):
         default="fp32", description="of the student's compute; weights stay fp32 masters"
     )
     parallel: Literal["single", "ddp", "fsdp2", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3"] = Field(
-        default="single", description="single is one process; the others are not available in this version"
+        default="single",
+        description="one process; ddp: each holds everything; fsdp2: shards of everything; deepspeed-zeroN: shards of "
+        "optimizer (1), gradients (2), weights (3)",
     )
+    offload: Literal["none", "cpu", "nvme"] = Field(
+        default="none", description="DeepSpeed: where the optimizer's state lies, under zero3 the weights too"
+    )
+    offload_dir: str | None = Field(default=None, min_length=1, description="folder on the NVMe drive")
+    checkpointing: bool = Field(
+        default=False, description="glue keeps the input of each decoder block and computes the rest again (slower)"
+    )
+    compile: bool = Field(default=False, description="torch.compile the mixers; the first steps take minutes")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes a GPU where there is one")
     threads: int | None = Field(default=None, ge=1, description="CPU threads; as torch finds them if null")
+    timeout: int = Field(
+        default=10_800,
+        ge=10,
+        description="seconds without any progress after which a process writes the stacks of its threads to RUN/logs "
+        "and ends",
+    )
 
-    @field_validator("parallel")
-    @classmethod
-    def _single(cls, value: str) -> str:
-        if value != "single":
-            raise ValueError(
-                f"{value} is not available in this version; write single (one process, where a batch that does not "
-                "fit is split by micro_batch)"
-            )
-        return value
+    @model_validator(mode="after")
+    def _offload(self) -> EngineSection:
+        if self.offload != "none" and not self.parallel.startswith("deepspeed"):
+            raise ValueError(f"offload: {self.offload} is DeepSpeed's; write parallel: deepspeed-zero2, or offload: none")
+        if self.offload == "nvme" and self.offload_dir is None:
+            raise ValueError("offload: nvme needs a folder on that drive; write offload_dir: FOLDER")
+        return self
 
 
 class EvalSection(Section):
@@ -426,7 +440,15 @@ class TrackSection(Section):
     """Where metrics go besides the metrics.jsonl that is always written."""
 
     wandb: str | None = Field(
-        default=None, min_length=1, description="Weights & Biases project; needs the extra relinear[wandb]"
+        default=None,
+        pattern=r"^[A-Za-z0-9_.-]{1,128}$",
+        description="Weights & Biases project; needs the extra relinear[wandb]",
+    )
+    wandb_mode: Literal["online", "offline"] = Field(
+        default="online", description="offline writes below the run folder; `wandb sync` sends it later"
+    )
+    tensorboard: bool = Field(
+        default=False, description="event files in RUN/tensorboard; needs the extra relinear[tensorboard]"
     )
 
 
@@ -443,7 +465,11 @@ class SaveSection(Section):
 class PublishSection(Section):
     """Where the result goes when it is pushed."""
 
-    repo: str | None = Field(default=None, min_length=1, description="Hub repository, NAME or OWNER/NAME")
+    repo: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,95})?$",
+        description="Hub repository, NAME or OWNER/NAME",
+    )
     private: bool = Field(default=True, description="create it as a private repository")
 
 
