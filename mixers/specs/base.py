@@ -202,7 +202,7 @@ class Floats(NamedTuple):
     hidden: float = 0.0
     state: float = 0.0
 
-    def count(self, geometry: Geometry, chunk: int) -> float:
+    def total(self, geometry: Geometry, chunk: int) -> float:
         """Floats per token."""
         state = geometry.inner_size * geometry.head_dim / chunk
         widths = self.inner * geometry.inner_size + self.kv * geometry.kv_size + self.hidden * geometry.hidden_size

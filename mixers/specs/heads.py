@@ -157,7 +157,7 @@ def window_flops(geometry: Geometry, window: int, sinks: int = 0, chunk: int | N
 def activations(spec: type[MixerSpec], geometry: Geometry, options: Any) -> tuple[int, int]:
     """Floats per token that training a layer takes: kept from forward to backward, and the most of it alone."""
     chunk = chunk_length(geometry.head_dim, getattr(options, "chunk", None))
-    kept, most = spec.kept.count(geometry, chunk), spec.most.count(geometry, chunk)
+    kept, most = spec.kept.total(geometry, chunk), spec.most.total(geometry, chunk)
     if window := getattr(options, "window", 0):
         block = window_block(window, getattr(options, "chunk", None) if spec.softmax else None)
         blocks = 1 + -(-(window - 1) // block)
