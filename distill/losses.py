@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .topk_loss import TopK, topk_terms
+
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 """Logits computed at once, by device: tokens times vocabulary."""
 
@@ -68,6 +70,7 @@ def logit_loss(
     scale: float = 1.0,
     softcap: float | None = None,
     chunk: int | None = None,
+    cached: TopK | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted mix of forward KL, reverse KL and cross-entropy over the counted positions.
 
@@ -95,6 +98,9 @@ def logit_loss(
         scale: factor of both models' logits z (Granite, Cohere).
         softcap: bound c of them, after the factor: c tanh(z / c) (Gemma).
         chunk: positions at once; by default as many as `CHUNK_ELEMENTS` allows.
+        cached: the teacher's k + 1 outcomes at the counted positions, row after row, at this temperature, in place of
+            its hidden states and head: `kl` is then that of these outcomes (see `topk_loss`), a lower bound of the
+            KL over the vocabulary. There is no `reverse_kl` of it.
 
     Returns:
         The loss, and the terms that it is made of with `ce` in any case, detached, each summed over counted positions
@@ -106,19 +112,26 @@ def logit_loss(
     counted = targets[:, 1:].reshape(-1).nonzero().squeeze(1)
     # Position b * (T - 1) + t of the shifted grid is row b * T + t of the hidden states.
     rows = counted + counted.div(targets.shape[1] - 1, rounding_mode="floor") if targets.shape[1] > 1 else counted
-    distil = bool(weights.get("kl") or weights.get("reverse_kl"))
+    distil = cached is None and bool(weights.get("kl") or weights.get("reverse_kl"))
     if distil and (teacher_hidden is None or teacher_head is None):
         raise ValueError("kl and reverse_kl need the teacher")
+    if cached is not None and weights.get("reverse_kl"):
+        raise ValueError("reverse_kl needs the teacher's logits of every token, not k of them")
+    if cached is not None and len(cached) != len(rows):
+        raise ValueError(f"{len(cached)} cached positions for {len(rows)} counted ones")
     student = student_hidden.flatten(0, 1).index_select(0, rows)
     teacher = teacher_hidden.flatten(0, 1).index_select(0, rows) if distil and teacher_hidden is not None else None
     labels = input_ids.flatten().index_select(0, rows + 1)
     per_chunk = chunk or max(1, CHUNK_ELEMENTS.get(student.device.type, 2**26) // student_head.weight.shape[0])
     denominator = max(1, len(rows) if total is None else total)
+    known: Known = cached
+    if teacher is not None and teacher_head is not None:
+        known = teacher, teacher_head.weight, teacher_head.bias
     values = _LogitLoss.apply(
         student,
         student_head.weight,
         student_head.bias,
-        (teacher, teacher_head.weight, teacher_head.bias) if teacher is not None and teacher_head is not None else None,
+        known,
         labels,
         (weights.get("kl", 0.0), weights.get("reverse_kl", 0.0), weights.get("ce", 0.0)),
         (denominator, temperature, per_chunk, scale, softcap, torch.is_grad_enabled()),
@@ -126,6 +139,10 @@ def logit_loss(
     terms = values[1].detach()
     shown = {name: terms[i] for i, name in enumerate(TERMS) if weights.get(name) or name == "ce"}
     return values[0], shown
+
+
+Known = TopK | tuple[Tensor, Tensor, Tensor | None] | None
+"""What a loss knows of the teacher: its k + 1 outcomes; or its hidden states, and weight and bias of its head."""
 
 
 class _LogitLoss(torch.autograd.Function):
@@ -137,7 +154,7 @@ class _LogitLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        teacher: tuple[Tensor, Tensor, Tensor | None] | None,
+        teacher: Known,
         labels: Tensor,
         weights: tuple[float, float, float],
         numbers: tuple[int, float, int, float, float | None, bool],
@@ -159,8 +176,11 @@ class _LogitLoss(torch.autograd.Function):
                 rows = slice(start, start + chunk)
                 x = hidden[rows].to(compute)
                 z, slope = _shaped(F.linear(x, head, offset).to(exact), scale, softcap)
-                y = _teacher_logits(teacher, rows, exact, compute if compute != weight.dtype else None)
-                y = None if y is None else _shaped(y, scale, softcap)[0]
+                if isinstance(teacher, TopK):
+                    y = teacher.rows(rows).normalised(exact)
+                else:
+                    other = compute if compute != weight.dtype else None
+                    y = None if teacher is None else teacher_logits(*teacher, rows, exact, scale, softcap, other)
                 grad = _terms(z, y, labels[rows], weights, temperature, sums, any(need))
                 if grad is None:
                     continue
@@ -204,20 +224,36 @@ def _shaped(z: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Ten
     return bounded * softcap, slope
 
 
-def _teacher_logits(
-    teacher: tuple[Tensor, Tensor, Tensor | None] | None, rows: slice, exact: torch.dtype, compute: torch.dtype | None
-) -> Tensor | None:
-    """The teacher's logits of a chunk in `exact`, multiplied in `compute` (None: in the head's own dtype)."""
-    if teacher is None:
-        return None
-    hidden, weight, bias = teacher
+def teacher_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: slice,
+    exact: torch.dtype,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    compute: torch.dtype | None = None,
+) -> Tensor:
+    """A model's logits at some positions, as the model gives them.
+
+    Args:
+        hidden: (n, D) after the final norm.
+        weight: (V, D) of the output projection.
+        bias: (V,), or None.
+        rows: which positions.
+        exact: dtype of the result, and of what follows the projection.
+        scale: factor of the logits.
+        softcap: their bound, after the factor.
+        compute: dtype of the product; None takes the weight's own.
+    """
     dtype = compute or weight.dtype
-    return F.linear(hidden[rows].to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(exact)
+    z = F.linear(hidden[rows].to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(exact)
+    return _shaped(z, scale, softcap)[0]
 
 
 def _terms(
     z: Tensor,
-    y: Tensor | None,
+    y: Tensor | TopK | None,
     labels: Tensor,
     weights: tuple[float, float, float],
     temperature: float,
@@ -236,8 +272,9 @@ def _terms(
         return p1
     if temperature != 1.0:
         log_p = torch.log_softmax(z.div_(temperature), -1)
-        y = y.div_(temperature)
-    log_q = torch.log_softmax(y, -1)
+    if isinstance(y, TopK):
+        return _cached_terms(log_p, y, kl, temperature, sums, with_grad, p1)
+    log_q = torch.log_softmax(y if temperature == 1.0 else y.div_(temperature), -1)
     p = log_p.exp()
     gap = log_p.sub_(log_q)
     grad = p1
@@ -256,3 +293,17 @@ def _terms(
             part = gap.sub_(per_token).mul_(p).mul_(reverse * temperature)
             grad = part if grad is None else grad.add_(part)
     return grad
+
+
+def _cached_terms(
+    log_p: Tensor, y: TopK, kl: float, temperature: float, sums: Tensor, with_grad: bool, grad: Tensor | None
+) -> Tensor | None:
+    """What `_terms` adds to `grad` where k + 1 outcomes of the teacher are known."""
+    if not kl:
+        return grad
+    value, part = topk_terms(log_p, y, with_grad)
+    sums[0] += value * temperature**2
+    if part is None:
+        return grad
+    part.mul_(kl * temperature)
+    return part if grad is None else grad.add_(part)
