@@ -38,20 +38,26 @@ def transfer(teacher: Teacher, plan: Plan, seed: int = 0) -> tuple[dict[int, Mix
     """
     mixers: dict[int, Mixer] = {}
     reports: dict[int, TransferReport] = {}
-    for layer, (name, values) in sorted(plan.items()):
-        cls, shape = registry.module(name), teacher.geometry(layer)
-        options = cls.spec.options.parse(values)
-        check_geometry(cls.spec, shape, options, layer)
-        mixer = cls(shape, options, layer, teacher.num_layers, is_first(plan, layer))
-        attention = {key: value.float() for key, value in teacher.attention_tensors(layer).items()}
-        generator = torch.Generator().manual_seed(seed * 10_007 + layer)
-        report = transfer_weights(mixer, attention, generator)
-        report.copied = {key: teacher.family.origin(source) for key, source in report.copied.items()}
-        report.derived = {key: teacher.family.derived(source) for key, source in report.derived.items()}
-        report.notes += lost(cls.spec, shape, options)
-        reports[layer] = report
+    for layer in sorted(plan):
+        mixer, reports[layer] = transfer_layer(teacher, plan, layer, seed)
         mixers[layer] = mixer.to(next(teacher.model.parameters()).device)
     return mixers, reports
+
+
+def transfer_layer(teacher: Teacher, plan: Plan, layer: int, seed: int = 0) -> tuple[Mixer, TransferReport]:
+    """`transfer` for one layer of `plan`, left on the CPU."""
+    name, values = plan[layer]
+    cls, shape = registry.module(name), teacher.geometry(layer)
+    options = cls.spec.options.parse(values)
+    check_geometry(cls.spec, shape, options, layer)
+    mixer = cls(shape, options, layer, teacher.num_layers, is_first(plan, layer))
+    attention = {key: value.float() for key, value in teacher.attention_tensors(layer).items()}
+    generator = torch.Generator().manual_seed(seed * 10_007 + layer)
+    report = transfer_weights(mixer, attention, generator)
+    report.copied = {key: teacher.family.origin(source) for key, source in report.copied.items()}
+    report.derived = {key: teacher.family.derived(source) for key, source in report.derived.items()}
+    report.notes += lost(cls.spec, shape, options)
+    return mixer, report
 
 
 def student_config(teacher: Teacher, plan: Plan, kept: dict[str, Any] | None = None) -> Any:

@@ -127,6 +127,7 @@ def load_teacher(
     dtype: str = "float32",
     device: str = "cpu",
     attn_implementation: str | None = None,
+    weights: bool = True,
 ) -> Teacher:
     """A frozen teacher from a local folder or a Hub id.
 
@@ -137,6 +138,7 @@ def load_teacher(
         device: where the weights go.
         attn_implementation: transformers' name of the attention implementation; None takes the family's fastest that
             needs nothing beside torch.
+        weights: False leaves every parameter on the meta device and reads no shard beyond its header.
 
     Raises:
         UserError: unknown family, missing or truncated file, tokenizer that does not fit the vocabulary.
@@ -151,7 +153,7 @@ def load_teacher(
         )
     family = families.family_of(config, str(folder / "config.json"))
     _check_weights(folder)
-    model = _load(folder, dtype, device, attn_implementation=attn_implementation)
+    model = _load(folder, dtype, device, attn_implementation=attn_implementation) if weights else _empty(folder, dtype)
     model.eval().requires_grad_(False)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     return Teacher(model, tokenizer, family, config, str(name_or_path), folder, commit)
@@ -304,6 +306,19 @@ def _truncation(path: Path) -> str | None:
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     expected = 8 + length + max(ends, default=0)
     return None if size == expected else f"truncated or corrupt: expected {expected} bytes, found {size}"
+
+
+def _empty(folder: Path, dtype: str) -> Any:
+    """The model with parameters on the meta device; buffers, which no shard holds, are computed."""
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
 
 
 def _load(folder: Path, dtype: str, device: str, cls: Any = None, **kwargs: Any) -> Any:
