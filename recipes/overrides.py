@@ -62,7 +62,8 @@ def parse(text: str) -> tuple[list[str], Any]:
 
 def none_is_word(path: Path) -> bool:
     """Whether a bare `none` may be meant at a path, rather than `null`."""
-    return path[:1] == ("mixers",) or path in (("layers", "keep"), ("layers", "convert"), ("data", "separator"))
+    words = (("layers", "keep"), ("layers", "convert"), ("data", "separator"), ("engine", "offload"))
+    return path[:1] == ("mixers",) or path in words
 
 
 def forget_alternative(raw: dict[str, Any], section: str, key: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ...distill.errors import UserError
+from .. import worker
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Recipe = Annotated[
@@ -27,6 +29,33 @@ def examples(*commands: str, then: str) -> str:
 def command_line(command: str, recipe: str, overrides: list[str] | None) -> str:
     """The same recipe with the same changes under another command, ready to paste into a shell."""
     return shlex.join(["relinear", command, recipe, *(overrides or [])])
+
+
+def check_engine(recipe: Any, name: str, changes: list[str] | None, started: int | None) -> None:
+    """Refuse several processes for a recipe of one, and one for a recipe of several.
+
+    Args:
+        recipe: loaded.
+        name: as typed.
+        changes: as typed.
+        started: processes that the command is to start; None where it is to be one of them itself.
+
+    Raises:
+        UserError: naming `engine.parallel` and what to type.
+    """
+    parallel = recipe.engine.parallel
+    count = worker.size() if started is None else started
+    if parallel == "single" and count > 1:
+        raise UserError(
+            f"{recipe.place('engine.parallel')}: single is one process, and there are to be {count}. Name an "
+            "engine for several: engine.parallel=ddp, or start one process"
+        )
+    if parallel != "single" and started is None and "WORLD_SIZE" not in os.environ:
+        again = command_line("run", name, [*(changes or []), "--nproc", "auto"])
+        raise UserError(
+            f"{recipe.place('engine.parallel')}: {parallel} needs processes that are started together. One for every "
+            f"GPU: {again}; or for the number that you name: --nproc 2"
+        )
 
 
 def check_source(place: str, source: str) -> None:

@@ -13,6 +13,7 @@ from ...recipes.select.methods import METHODS, parse
 from ...recipes.units import parse_count
 from ..output import data, data_json, next_command
 from ..progress import Progress
+from ..signals import STOPPED, stoppable
 from .common import Json, Overrides, Recipe, command_line, examples
 
 
@@ -64,7 +65,7 @@ def select(
     }
     from ...recipes.select.run import select as work
 
-    with Progress() as progress:
+    with stoppable(), Progress() as progress:
         result = work(recipe, overrides, keep=keep, by=by, out=out, run=run, resume=resume, progress=progress, **sizes)
     if json:
         data_json({name: value for name, value in result.items() if name != "table"})
@@ -84,7 +85,7 @@ def select(
         ]
         options += [] if run is None else ["--run", str(run)]
         next_command(f"{command_line('select', recipe, overrides)} {shlex.join(options)} --resume")
-        return
+        raise typer.Exit(STOPPED)
     chosen = f"layers.keep={{scores: {result['scores']}, top: {keep}}}"
     start = [*(overrides or []), chosen]
     next_command(command_line("run", recipe, start))

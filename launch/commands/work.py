@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .. import processes, worker
 from ..output import data, data_json, next_command
 from ..progress import Progress
-from .common import Json, Overrides, Recipe, command_line, examples
+from ..signals import STOPPED, stoppable
+from .common import Json, Overrides, Recipe, check_engine, command_line, examples
 
 
 def register(app: typer.Typer) -> None:
@@ -27,6 +30,7 @@ def register(app: typer.Typer) -> None:
             "relinear run rwkv7 teacher.model=FOLDER data.source=stories.txt",
             "relinear run my.yaml stages.glue.tokens=2M --out runs/second",
             "relinear run my.yaml --resume --max-hours 8",
+            "relinear run my.yaml engine.parallel=ddp --nproc auto",
             then="relinear eval runs/NAME/export --against FOLDER --text valid.txt",
         )
     )(run)
@@ -45,11 +49,12 @@ def quickstart(
     """
     from ...recipes.quickstart import quickstart as work
 
-    with Progress() as progress:
+    with stoppable(), Progress() as progress:
         result = work(out, progress, overrides)
     _report(result, json)
     if result.get("status") == "stopped":
         next_command(shlex.join(["relinear", "quickstart", *(overrides or []), "--out", str(out)]))
+        raise typer.Exit(STOPPED)
 
 
 def run(
@@ -66,10 +71,28 @@ def run(
         Path | None,
         typer.Option(metavar="RUN", help="Take that run's mixers instead of transferring anew.", show_default=False),
     ] = None,
+    nproc: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Start N processes on this node; auto: one per GPU.", show_default=False),
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, metavar="M", help="Nodes; the same command runs on each.", show_default=False)
+    ] = None,
+    node_rank: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="R", help="Number of this node, from 0; SLURM_NODEID.", show_default=False),
+    ] = None,
+    rendezvous: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where node 0 listens.", show_default=False)
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop before any work.")] = False,
     json: Json = False,
 ) -> None:
-    """Carry out a recipe: transfer, align, glue, evaluate, export."""
+    """Carry out a recipe: transfer, align, glue, evaluate, export.
+
+    SIGTERM, SIGUSR1, Ctrl-C and --max-hours save, stop and give exit code 75: the same command with --resume goes on.
+    With --nproc every process has its log in RUN/logs/rank-N.log.
+    """
     changes = [*(overrides or []), *([f"save.dir={out}"] if out is not None else [])]
     if dry_run:
         from .look import plan
@@ -77,14 +100,51 @@ def run(
         plan(recipe, changes, json=json)
         return
     from ...recipes.loader import load
+
+    loaded = load(recipe, changes)
+    options = [*([] if start is None else ["--start", str(start)])]
+    where = processes.place(nproc, nodes, node_rank, rendezvous)
+    check_engine(loaded, recipe, changes, where.world if where else None)
+    if where is not None:
+        limits = [] if max_hours is None else ["--max-hours", str(max_hours)]
+        flags = [*(["--resume"] if resume else []), *(["--json"] if json else [])]
+        _start([recipe, *changes, *options, *limits, *flags], loaded, where, resume)
+        going_on = _going_on(recipe, changes, options, where, nproc, rendezvous)
+        if where.node_rank == 0:
+            next_command(going_on)
+        raise typer.Exit(STOPPED)
+    worker.watch_launcher()
     from ...recipes.runner import run as work
 
-    with Progress() as progress:
-        result = work(load(recipe, changes), resume=resume, max_hours=max_hours, progress=progress, start=start)
-    _report(result, json)
+    with stoppable(), Progress() as progress:
+        result = work(loaded, resume=resume, max_hours=max_hours, progress=progress, start=start)
+    if worker.rank() == 0:
+        _report(result, json)
     if result["status"] == "stopped":
-        going_on = [*changes, *([] if start is None else ["--start", str(start)]), "--resume"]
-        next_command(command_line("run", recipe, going_on))
+        if not worker.launched():
+            next_command(command_line("run", recipe, [*changes, *options, "--resume"]))
+        raise typer.Exit(STOPPED)
+
+
+def _start(arguments: list[str], recipe: Any, where: processes.Place, resume: bool) -> None:
+    """Start this node's processes; returns where they were stopped before their end, and only then."""
+    from ...distill.run_folder import check_free
+
+    folder = Path(str(recipe.save.dir))
+    check_free(folder, resume=resume)
+    # -P: what lies in the folder where the command is typed is not imported.
+    code = processes.run([sys.executable, "-P", "-m", processes.MODULE, *arguments], where, folder / "logs")
+    if code != STOPPED:
+        raise typer.Exit(code)
+
+
+def _going_on(
+    recipe: str, changes: list[str], options: list[str], where: processes.Place, nproc: str | None, address: str | None
+) -> str:
+    """The command line that goes on with a stopped run."""
+    nodes = [] if where.nodes == 1 else ["--nodes", str(where.nodes), "--node-rank", str(where.node_rank)]
+    place = ["--nproc", str(nproc), *nodes, *([] if address is None else ["--rendezvous", address])]
+    return command_line("run", recipe, [*changes, *options, *place, "--resume"])
 
 
 def _report(result: dict[str, Any], json: bool) -> None:

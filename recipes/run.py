@@ -1,0 +1,20 @@
+"""One process of a run, for launchers: `torchrun --nproc-per-node 8 -m relinear.recipes.run RECIPE KEY=VALUE …`.
+
+Takes what `relinear run` takes and does the same. It is started, never imported, so it alone of this room may call on
+`launch`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    """Carry out the command line as `relinear run` would and return its exit code."""
+    from ..launch.main import main as command
+
+    return command(["run", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
