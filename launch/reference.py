@@ -20,7 +20,7 @@ Results go to stdout, everything else to stderr, so `relinear COMMAND --json | j
 | 1 | the work failed: a NaN, a checkpoint that does not verify, or an error in relinear itself |
 | 2 | your input: an option, a recipe, a file |
 | 3 | the machine: memory, disk, network, a package that is not installed |
-| 75 | stopped before its end by SIGTERM, SIGUSR1, Ctrl-C or `--max-hours`, everything saved: the same command with `--resume` goes on. EX_TEMPFAIL of sysexits.h, for schedulers to requeue on |
+| 75 | stopped by SIGTERM, SIGUSR1, Ctrl-C or `--max-hours` and saved: go on with `--resume`. Schedulers requeue on it |
 | 130 | interrupted at once, by a second Ctrl-C or where there was nothing to save |
 """
 WIDTH = 100

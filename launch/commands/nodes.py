@@ -98,7 +98,7 @@ def kubernetes(
         Path | None, typer.Option(metavar="FILE", help="What to write; NAME.yaml.", show_default=False)
     ] = None,
 ) -> None:
-    """Write a Kubeflow PyTorchJob: several pods, begun again until done.
+    """Write a PyTorchJob manifest: several pods, until done.
 
     The resolved recipe travels inside. Teacher and text must be on the volume, on the Hub, or in the image.
     """
