@@ -12,6 +12,7 @@ from .align import align_visit
 from .data.batch import Batch
 from .engine.base import Engine
 from .errors import UserError
+from .logit_cache.store import LogitCache
 from .lora import add_adapters, is_adapter, merge_adapters, settings_of
 from .losses import TERMS, logit_loss
 from .precision import autocast, no_autocast
@@ -23,7 +24,9 @@ TRAIN = ("all", "no-ffn", "mixers+norms", "mixers", "lora")
 """What may train: everything; all but the feed-forward blocks; mixers and every norm; mixers; adapters alone."""
 
 
-def glue_stage(teacher: Teacher, student: Any, settings: StageSettings, name: str = "glue") -> Stage:
+def glue_stage(
+    teacher: Teacher, student: Any, settings: StageSettings, name: str = "glue", cache: LogitCache | None = None
+) -> Stage:
     """The stage in which the student trains end to end; `extend` is the same at another length and loss.
 
     Args:
@@ -32,9 +35,11 @@ def glue_stage(teacher: Teacher, student: Any, settings: StageSettings, name: st
         settings: `loss` holds weights of `kl`, `reverse_kl` and `ce`, and of `align` (see `glue_step`); `train` is one
             of `TRAIN`.
         name: of the stage.
+        cache: of the teacher's logits on the stage's batches. With it the teacher is not run, and may lie on another
+            device: its tensors are looked at only, when the stage begins and when it ends.
 
     Raises:
-        ValueError: unknown `train`, or no weight on the logits.
+        ValueError: unknown `train`, no weight on the logits, or one on what a cache does not hold.
         UserError: the output head is not a linear layer, or a target of `lora` is not there.
         MachineError: `lora` without peft.
     """
@@ -43,6 +48,8 @@ def glue_stage(teacher: Teacher, student: Any, settings: StageSettings, name: st
     weights = settings.loss
     if not isinstance(weights, dict) or set(weights) - {*TERMS, "align"} or not any(weights.get(t, 0) for t in TERMS):
         raise ValueError(f"{name}.loss: expected positive weights of {', '.join(TERMS)}, found {weights!r}")
+    if cache is not None and (weights.get("align") or weights.get("reverse_kl")):
+        raise ValueError(f"{name}.loss: align and reverse_kl need the teacher itself, not a cache of its logits")
     for model in (teacher.model, student):
         _check_head(model)
     lora = settings.train == "lora"
@@ -51,7 +58,7 @@ def glue_stage(teacher: Teacher, student: Any, settings: StageSettings, name: st
     trained = {id(p) for group in groups for p in group.parameters.values()}
     frozen = {f"teacher {key}": tensor for key, tensor in teacher.model.state_dict(keep_vars=True).items()}
     frozen |= {key: tensor for key, tensor in student.state_dict(keep_vars=True).items() if id(tensor) not in trained}
-    whole = StudentLoss(teacher, student, weights, settings)
+    whole = StudentLoss(teacher, student, weights, settings, cache)
     stage = Stage(
         name=name,
         module=student,
@@ -76,13 +83,22 @@ class StudentLoss(nn.Module):
         student: see `glue_stage`.
         weights: of the loss terms; `align` is that of each layer.
         settings: for precision and temperature.
+        cache: of the teacher's logits, read by the rows' numbers, in place of its forward.
     """
 
-    def __init__(self, teacher: Teacher, student: Any, weights: dict[str, float], settings: StageSettings) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        student: Any,
+        weights: dict[str, float],
+        settings: StageSettings,
+        cache: LogitCache | None = None,
+    ) -> None:
         super().__init__()
         self.student = student
         self.weights = weights
         self.settings = settings
+        self.cache = cache
         self.held = (teacher,)  # in a tuple, so that its tensors are not this module's
 
     @property
@@ -122,10 +138,14 @@ class StudentLoss(nn.Module):
         teacher, student = self.teacher, self.student
         call = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
         layers: dict[str, Tensor] = {}
-        if wanted is None and weights.get("align"):
+        cached = None
+        if self.cache is not None and weights.get("kl"):
+            assert batch.index is not None
+            cached = self.cache.read(batch.index).to(batch.input_ids.device)
+        elif wanted is None and weights.get("align"):
             wanted, layers = self.align(batch, total, None)
         with autocast(device, settings.precision):
-            if wanted is None and (weights.get("kl") or weights.get("reverse_kl")):
+            if cached is None and wanted is None and (weights.get("kl") or weights.get("reverse_kl")):
                 with torch.no_grad():
                     wanted = teacher.backbone(**call).last_hidden_state
             made = student.base_model(**call).last_hidden_state
@@ -141,6 +161,7 @@ class StudentLoss(nn.Module):
                 temperature=settings.temperature,
                 scale=teacher.head.scale,
                 softcap=teacher.head.softcap,
+                cached=cached,
             )
         if layers:
             terms["align"] = torch.stack(list(layers.values())).sum()
@@ -194,6 +215,8 @@ def changed_tensors(teacher: Teacher, student: Any, engine: Engine | None = None
 def first_bad_layer(teacher: Teacher, student: Any, batch: Batch) -> str | None:
     """The first decoder layer whose output is not finite, as `teacher layer 2` or `layer 3`; None where all are."""
     for owner, model in (("teacher ", teacher.model), ("", student)):
+        if model is teacher.model and next(model.parameters()).device != batch.input_ids.device:
+            continue  # it was not run
         found: list[int] = []
 
         def note(_: Any, __: Any, output: Any, layer: int, found: list[int] = found) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .data.batch import Batch
 from .engine.base import Engine
 
-COSMETIC = ("log_every", "eval_every", "save_every", "keep")
-"""Settings that may differ when a run is resumed: they do not change the weights."""
+COSMETIC = ("log_every", "eval_every", "save_every", "keep", "spike")
+"""Settings that may differ when a run is resumed: they do not change the weights, or from the resumed step on only."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,11 @@ class StageSettings:
         micro_batch: sequences per forward and backward; None takes the whole batch. Changes memory, not the result.
         loss: align: a key of `losses.ALIGN`; glue and extend: weights of `kl`, `reverse_kl`, `ce`.
         temperature: of the two KL terms.
+        teacher_logits: glue and extend: name of the cache of the teacher's logits; None runs the teacher.
         train: align: `all` of a mixer, or what is `new` in it; glue and extend: a key of `glue.TRAIN`.
         lora: with `train: lora`, the fields of `lora.LoraSettings`; None for their defaults.
         seed: of every random number generator when the stage starts.
+        spike: the fields of `spikes.SpikeSettings`; None looks for none.
         log_every: steps between lines of metrics.jsonl.
         eval_every: tokens between evaluations; None evaluates at the end only.
         save_every: tokens between commits; None commits at the end only.
@@ -62,9 +64,11 @@ class StageSettings:
     micro_batch: int | None = None
     loss: str | dict[str, float] = "l2"
     temperature: float = 1.0
+    teacher_logits: str | None = None
     train: str = "all"
     lora: dict[str, Any] | None = None
     seed: int = 0
+    spike: dict[str, Any] | None = None
     log_every: int = 10
     eval_every: int | None = None
     save_every: int | None = None

@@ -100,4 +100,4 @@ def _unpacked(batch: Batch, documents: torch.Tensor) -> Iterable[tuple[Batch, to
             pieces = [values[row, start:stop] for row, start, stop in group]
             return torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)
 
-        yield Batch(**{name: stacked(value) for name, value in vars(batch).items()}), stacked(documents)
+        yield batch.each(stacked), stacked(documents)

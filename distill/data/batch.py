@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ class Batch:
         real: (B, T) bool; False at padding.
         targets: (B, T) bool; True where input_ids[:, t] is to be predicted from position t - 1 and counts: real, not a
             BOS, not the first position of its segment, and inside a completion where the data are chat messages.
+        index: (B,) int64 numbers of the rows in their stage, from its first batch on; always on the CPU. None where
+            nobody counts.
     """
 
     input_ids: torch.Tensor
@@ -26,6 +29,7 @@ class Batch:
     segments: torch.Tensor
     real: torch.Tensor
     targets: torch.Tensor
+    index: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -39,8 +43,18 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
-        return Batch(**{name: value.to(device) for name, value in self.__dict__.items()})
+        return self.each(lambda value: value.to(device), self.index)
 
     def rows(self, start: int, stop: int) -> Batch:
         """Rows start..stop of the batch."""
-        return Batch(**{name: value[start:stop] for name, value in self.__dict__.items()})
+        index = None if self.index is None else self.index[start:stop]
+        return self.each(lambda value: value[start:stop], index)
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor], index: torch.Tensor | None = None) -> Batch:
+        """A batch of every (B, T) tensor of this one, changed.
+
+        Args:
+            change: (B, T) -> (B', T').
+            index: of the new batch.
+        """
+        return Batch(**{name: change(value) for name, value in vars(self).items() if name != "index"}, index=index)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from ..errors import UserError
 from .batch import Batch
@@ -78,8 +79,10 @@ class MixedSource:
             rows = place_rows([(index, feed.take(len(index))) for index, feed in parts if len(index)])
         else:
             rows = place_rows([(np.array([index]), self._furthest_behind()) for index in range(self.batch)])
+        batch = make_batch(rows)
+        batch.index = torch.arange(self.row, self.row + self.batch)
         self.row += self.batch
-        return make_batch(rows)
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """The number of the next row, the feeds' states, and what they belong to."""
