@@ -27,7 +27,8 @@ from .checkpoint import Checkpoint, Checkpoints, load_module, module_tensors
 from .data.batch import Batch
 from .data.source import Source
 from .errors import RunFailed, UserError
-from .loop import fingerprints, seed_all
+from .fingerprints import fingerprints
+from .loop import seed_all
 from .stage import Callbacks, StageResult
 from .teacher import Teacher
 

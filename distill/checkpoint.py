@@ -8,7 +8,7 @@ import platform
 import random
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import files
+from .digest import checksum, inside, value_digest
 from .engine.world import World
 from .errors import MachineError, UserError
 
@@ -41,6 +42,7 @@ class Checkpoint:
         step: optimizer steps done.
         complete: the stage had ended.
         state: everything else, plain values: `tokens`, `best`, `source`, `metrics_offset`, `environment`, `result`, …
+        verified: files whose content was compared with its checksum already.
     """
 
     path: Path
@@ -48,6 +50,15 @@ class Checkpoint:
     step: int
     complete: bool
     state: dict[str, Any]
+    verified: set[str] = field(default_factory=set, compare=False, repr=False)
+
+    def damage(self) -> str | None:
+        """Which file has other content than when it was written, in a sentence; None where none has. Reads all."""
+        for name in self.state["files"]:
+            problem = self._damage_of(name)
+            if problem is not None:
+                return problem
+        return None
 
     def weights(self) -> dict[str, Tensor]:
         """The stage's tensors by name, whole, on the CPU."""
@@ -55,7 +66,7 @@ class Checkpoint:
 
     def source(self) -> dict[str, Any]:
         """The data source's state, with its tensors."""
-        return _give_tensors(self.state["source"], _load(self.path / HELD))
+        return _give_tensors(self.state["source"], self._load(HELD))
 
     def optimizer(self) -> dict[str, Tensor]:
         """The optimizer's tensors, `PARAMETER/KIND`, whole, on the CPU."""
@@ -64,7 +75,7 @@ class Checkpoint:
     def rng(self, rank: int) -> dict[str, Tensor]:
         """Generators' states of a rank; rank 0's where the commit is of fewer ranks."""
         name = _of_rank(RNG, rank)
-        return _load(self.path / (name if name in self.state["files"] else RNG))
+        return self._load(name if name in self.state["files"] else RNG)
 
     def _all(self, name: str) -> dict[str, Tensor]:
         """What all ranks wrote of a file: each tensor is whole and in one of them."""
@@ -72,8 +83,41 @@ class Checkpoint:
         made: dict[str, Tensor] = {}
         for held in self.state["files"]:
             if held == name or (held.startswith(f"{stem}-") and held.endswith(".safetensors")):
-                made |= _load(self.path / held)
+                made |= self._load(held)
         return made
+
+    def _load(self, name: str) -> dict[str, Tensor]:
+        """A file's tensors.
+
+        Raises:
+            UserError: its content is not what was written.
+        """
+        path = self.path / name
+        problem = self._damage_of(name)
+        if problem is not None:
+            raise UserError(f"{problem}. Remove {self.path} to go on from the one before")
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            reason = str(error).split("\n")[0]
+            raise UserError(
+                f"{path}: cannot be read ({reason}). Remove {self.path} to go on from the one before"
+            ) from None
+
+    def _damage_of(self, name: str) -> str | None:
+        # Commits from before checksums were kept have none.
+        wanted = self.state.get("checksums", {}).get(name)
+        if wanted is None or name in self.verified:
+            return None
+        path = self.path / name
+        try:
+            found = checksum(path)
+        except OSError as error:
+            return f"{path}: cannot be read ({error.strerror})"
+        if found != wanted:
+            return f"{path}: other content than when it was saved (checksum {found[:12]}, expected {wanted[:12]})"
+        self.verified.add(name)
+        return None
 
 
 class Checkpoints:
@@ -107,6 +151,25 @@ class Checkpoints:
             return []
         paths = [path for path in self.folder.iterdir() if path.is_dir() and not files.is_temporary(path)]
         return sorted(path for path in paths if _read(path) is None)
+
+    def sound(self, stage: str, say: Callable[[str], None] = lambda text: None) -> Checkpoint | None:
+        """The last commit of a stage whose content is what was written; each damaged one on the way is said.
+
+        A complete stage is given back damaged where a later one has a sound commit: it needs these weights no more.
+        Its `damage` then tells.
+        """
+        everything = self.all()
+        for commit in reversed([c for c in everything if c.stage == stage]):
+            problem = commit.damage()
+            if problem is None:
+                return commit
+            later = [c for c in everything if c.stage != stage and c.state["sequence"] > commit.state["sequence"]]
+            needless = next((c for c in reversed(later) if c.damage() is None), None) if commit.complete else None
+            if needless is not None:
+                say(f"warning: {problem}. The run needs it no more: it goes on from {needless.path}")
+                return commit
+            say(f"warning: {problem}. This checkpoint is not used")
+        return None
 
     def newest(self, stage: str | None = None) -> Checkpoint | None:
         """The last commit, of one stage where it is named."""
@@ -166,16 +229,16 @@ class Checkpoints:
                 world.outcomes(lambda: self._save_share(parts, Path(folder), path, world.rank) if folder else {})
         return world.first(lambda: self._write(path, stage, step, parts, state, complete, world))
 
-    def _save_share(self, parts: dict[str, dict[str, Tensor]], folder: Path, final: Path, rank: int) -> dict[str, int]:
-        """Write the tensors of a rank other than 0; sizes by file name."""
-        sizes = {}
+    def _save_share(self, parts: dict[str, dict[str, Tensor]], folder: Path, final: Path, rank: int) -> dict[str, Any]:
+        """Write the tensors of a rank other than 0; size and checksum by file name."""
+        made = {}
         for name, tensors in parts.items():
             if tensors:
                 target = folder / _of_rank(name, rank)
                 _save(tensors, target, final, _bytes(parts))
                 files.sync(target)
-                sizes[target.name] = target.stat().st_size
-        return sizes
+                made[target.name] = _written(target)
+        return made
 
     def _write(
         self,
@@ -211,10 +274,14 @@ class Checkpoints:
             shares = world.outcomes(dict)
             if failure is not None:
                 raise failure
-            state["files"] = {name: (folder / name).stat().st_size for name in parts}
+            found = {name: _written(folder / name) for name in parts}
             for share in shares:
-                state["files"] |= share
-            (folder / STATE).write_text(_exact_json(state), encoding="utf-8")
+                found |= share
+            state["files"] = {name: size for name, (size, _) in found.items()}
+            state["checksums"] = {name: check for name, (_, check) in found.items()}
+            _check_exact(state)
+            state["check"] = value_digest(state)
+            (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
 
         try:
             files.commit_directory(path, write, _bytes(parts))
@@ -230,8 +297,9 @@ class Checkpoints:
         best = commits[-1].state.get("best") or {}
         partial = [c for c in commits if not c.complete]
         spare = 0 if commits[-1].complete else max(1, self.keep)
+        wanted = [best.get("step"), None if commits[-1].complete else commits[-1].state.get("point")]
         for commit in partial[: max(0, len(partial) - spare)]:
-            if commit.step != best.get("step"):
+            if commit.step not in wanted:
                 files.remove_directory(commit.path)
 
 
@@ -265,9 +333,18 @@ def environment_warning(checkpoint: Checkpoint) -> str | None:
 
 def restore_rng(checkpoint: Checkpoint, rank: int = 0) -> None:
     """Put python's, numpy's and torch's random number generators back to where they were on that rank."""
-    kind, values, gauss = checkpoint.state["python_rng"]
+    put_rng(checkpoint.state["python_rng"], checkpoint.rng(rank))
+
+
+def take_rng() -> tuple[Any, dict[str, Tensor]]:
+    """Where the generators stand: python's as plain values, numpy's and torch's as tensors."""
+    return _plain(random.getstate()), _rng()
+
+
+def put_rng(python: Any, saved: dict[str, Tensor]) -> None:
+    """Put the generators where `take_rng` found them."""
+    kind, values, gauss = python
     random.setstate((kind, tuple(values), gauss))
-    saved = checkpoint.rng(rank)
     keys, extra = saved["numpy"].numpy().astype(np.uint32), saved["numpy_extra"]
     np.random.set_state(("MT19937", keys, int(extra[0]), int(extra[1]), float(extra[2])))
     torch.set_rng_state(saved["torch"])
@@ -323,21 +400,19 @@ def _read(path: Path) -> Checkpoint | None:
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         sizes: dict[str, int] = state["files"]
-        if any((path / name).stat().st_size != size for name, size in sizes.items()):
+        if any((path / inside(name, str(path / STATE))).stat().st_size != size for name, size in sizes.items()):
+            return None
+        check = state.pop("check", None)
+        if check is not None and check != value_digest(state):
             return None
         return Checkpoint(path, state["stage"], state["step"], state["complete"], state)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, UserError):
         return None
 
 
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(
-            f"{path}: cannot be read ({reason}). Remove {path.parent} to go on from the one before"
-        ) from None
+def _written(path: Path) -> tuple[int, str]:
+    """A file's size and checksum."""
+    return path.stat().st_size, checksum(path)
 
 
 def _save(tensors: dict[str, Tensor], path: Path, final: Path, needed: int) -> None:
@@ -397,13 +472,12 @@ def _plain(value: Any) -> Any:
     return [_plain(entry) for entry in value] if isinstance(value, tuple | list) else value
 
 
-def _exact_json(state: dict[str, Any]) -> str:
-    """JSON that comes back as the same values.
+def _check_exact(state: dict[str, Any]) -> None:
+    """Refuse what JSON does not give back as it was.
 
     Raises:
-        TypeError: naming the entry that would not (a tensor, a dict with integer keys, a tuple).
+        TypeError: naming the entry (a tensor, a dict with integer keys, a tuple).
     """
     for key, value in state.items():
         if json.loads(json.dumps(value)) != value:
             raise TypeError(f"checkpoint entry {key!r} does not survive JSON; give plain lists, dicts and numbers")
-    return json.dumps(state, indent=1)

@@ -16,6 +16,7 @@ from .errors import UserError
 
 LOCK = "run.lock"
 _held: dict[Path, RunLock] = {}
+_watching_forks = False
 
 
 class RunLock:
@@ -63,6 +64,10 @@ class RunLock:
         with files.disk_guard(self.path):
             os.ftruncate(descriptor, 0)
             os.write(descriptor, json.dumps(_me()).encode("utf-8"))
+        global _watching_forks
+        if not _watching_forks and hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=_forked)
+            _watching_forks = True
         self._descriptor, self._count = descriptor, [1]
         _held[self.path] = self
 
@@ -131,6 +136,3 @@ def _forked() -> None:
             os.close(lock._descriptor)
             lock._descriptor = None
     _held.clear()
-
-
-os.register_at_fork(after_in_child=_forked)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import random
 import re
@@ -24,8 +23,11 @@ from .average import Average
 from .data.batch import Batch
 from .data.source import Source
 from .engine.base import Engine
-from .errors import RunFailed, UserError
+from .errors import MachineError, RunFailed, UserError
+from .fingerprints import different, tensor_fingerprint
+from .replay import Moment
 from .schedule import learning_rate
+from .spikes import Spikes, SpikeSettings
 from .stage import COSMETIC, Callbacks, Group, Stage, StageResult, StageSettings
 
 __all__ = ["Callbacks", "Group", "Stage", "StageResult", "StageSettings", "run_stage"]
@@ -70,10 +72,17 @@ def run_stage(
             f"stages.{stage.name}.batch: {settings.batch} sequences cannot be shared by {world.size} ranks. Write a "
             f"multiple: stages.{stage.name}.batch={-(-settings.batch // world.size) * world.size}"
         )
+    if settings.spike is not None and engine.name.startswith("deepspeed"):
+        raise UserError(
+            f"stages.{stage.name}.spike: DeepSpeed cannot leave out a step that has gone backward. Write "
+            f"stages.{stage.name}.spike=null, or engine.parallel=ddp or fsdp2"
+        )
     world.first(lambda: bool(files.clean_temporaries(folder)))
     store = world.first(lambda: saved.Checkpoints(folder / "checkpoints", settings.keep))
     callbacks = callbacks or Callbacks()
     found = world.first(lambda: store.newest(stage.name))
+    if resume and found:
+        found = world.first(lambda: store.sound(stage.name, callbacks.message))
     if found and not resume:
         raise UserError(
             f"{folder}: already holds stage {stage.name!r} up to step {found.step}. Continue it with --resume, or "
@@ -87,7 +96,7 @@ def run_stage(
         run = _Run(stage, source, settings, store, log, callbacks, engine)
         try:
             if found:
-                run.restore(found)
+                run.restore(found, world.first(lambda: found.damage() is None))
                 if found.complete:
                     return StageResult(**found.state["result"], path=found.path)
             else:
@@ -123,9 +132,12 @@ class _Run:
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in self.parameters.items()}
         self.device = next(iter(self.names)).device
         self.average = None if settings.average is None else Average(self.parameters, settings.average)
+        self.spikes = None if settings.spike is None else Spikes(SpikeSettings(**settings.spike))
+        self.moment = Moment()
         self.step = self.tokens = 0
         self.seconds = 0.0
         self.committed: saved.Checkpoint | None = None
+        self.point: saved.Checkpoint | None = None  # where a spike takes the weights back to
         self.best: dict[str, Any] | None = None
         self.metrics: dict[str, Any] = {}
         self.before: dict[str, dict[str, str]] = {}
@@ -138,17 +150,19 @@ class _Run:
         if resume:
             self.log.truncate_at_stage(self.stage.name)
         seed_all(self.settings.seed)
+        self.moment.mark(self.source.state_dict())
         self.before = {"frozen": self._fingerprints(self.stage.frozen), "trained": self._fingerprints(self.parameters)}
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in self.names)
         self.callbacks.message(f"{self.stage.name}: {trained:,} parameters train, {self.settings.tokens:,} tokens")
 
-    def restore(self, commit: saved.Checkpoint) -> None:
-        """Take up a commit."""
+    def restore(self, commit: saved.Checkpoint, sound: bool = True) -> None:
+        """Take up a commit; of one whose files are damaged, and that a later stage makes needless, all but weights."""
         state = commit.state
         self._check_same(state, commit.path)
         if commit.complete:
             self.stage.finish()
-        saved.load_module(self.stage.module, commit.weights(), commit.path, self.engine.put)
+        if sound:
+            saved.load_module(self.stage.module, commit.weights(), commit.path, self.engine.put)
         self.step, self.tokens, self.seconds = commit.step, state["tokens"], state["seconds"]
         self.best, self.metrics, self.before = state["best"], state["metrics"], state["fingerprints"]
         self.committed = commit
@@ -157,20 +171,27 @@ class _Run:
             self.callbacks.message(f"{self.stage.name}: complete, loaded from {commit.path}")
             return
         self.log.truncate(state["metrics_offset"])
-        optimizer = commit.optimizer()
-        if self.average is not None:
-            optimizer = self.average.restore(optimizer, self.engine.put)
-        self.engine.load_optimizer(optimizer, self.parameters)
-        self.engine.loaded()
+        self._restore_optimizer(commit)
+        if self.spikes is not None and state.get("spikes"):
+            self.spikes.load_state_dict(state["spikes"])
+            self.point = next((c for c in self.store.all(commit.stage) if c.step == state.get("point")), None)
         self.source.load_state_dict(commit.source())
+        self.moment.mark(commit.source())
         warning = saved.environment_warning(commit)
         if warning:
             self.callbacks.message(f"warning: {warning}")
         self.callbacks.message(f"{self.stage.name}: goes on from {commit.path} (step {self.step})")
         saved.restore_rng(commit, self.world.rank)
 
+    def _restore_optimizer(self, commit: saved.Checkpoint) -> None:
+        optimizer = commit.optimizer()
+        if self.average is not None:
+            optimizer = self.average.restore(optimizer, self.engine.put)
+        self.engine.load_optimizer(optimizer, self.parameters)
+        self.engine.loaded()
+
     def _fingerprints(self, tensors: dict[str, Any]) -> dict[str, str]:
-        return {name: _fingerprint(self.engine.full(tensor)) for name, tensor in tensors.items()}
+        return {name: tensor_fingerprint(self.engine.full(tensor)) for name, tensor in tensors.items()}
 
     def _check_same(self, state: dict[str, Any], path: Path) -> None:
         now = _settings_dict(self.settings)
@@ -182,7 +203,7 @@ class _Run:
                     "back to resume, or start in a new folder: --out DIR"
                 )
         frozen = self._fingerprints(self.stage.frozen)
-        changed = _different(state["fingerprints"]["frozen"], frozen)
+        changed = different(state["fingerprints"]["frozen"], frozen)
         if changed:
             raise UserError(
                 f"{path}: was made with another teacher ({len(changed)} tensors differ, e.g. {changed[0]}). Resume "
@@ -205,7 +226,7 @@ class _Run:
                 last = self.tokens >= settings.tokens
                 improved = self._evaluate() if last or _due(before, self.tokens, settings.eval_every) else False
                 if not last and (improved or _due(before, self.tokens, settings.save_every)):
-                    self._commit()
+                    self._commit(scheduled=True)
         finally:
             self.stage.module.eval()
         if self.average is not None:
@@ -232,22 +253,53 @@ class _Run:
         rates = self._set_rates()
         counted = self.stage.count(whole)
         metrics = self._accumulate(batch, counted)
-        losses, norms = self._check(metrics, batch)
-        if counted:
+        losses, norms = self._check(metrics, batch, whole)
+        usual = None if self.spikes is None else self.spikes.judge(losses["loss"])
+        if counted and usual is None:
             self._clip(norms)
             joint = self.engine.step()
             if joint is not None:
-                norms = self._check_joint(joint)
+                norms = self._check_joint(joint, whole)
             if self.average is not None:
                 self.average.update(self.step)
         self.engine.zero_grad()
         self.step += 1
         self.tokens += whole.tokens
         self.seconds += time.perf_counter() - start
-        self._record(losses, norms, rates)
+        self._record(losses, norms, rates, usual)
+        if usual is not None:
+            self._leave_out(losses["loss"], usual)
+
+    def _leave_out(self, loss: float, usual: float) -> None:
+        """After a step whose loss was a spike: its gradient went nowhere; go back to the last commit, if so asked.
+
+        Raises:
+            RunFailed: there were nothing but spikes for a while.
+        """
+        assert self.spikes is not None
+        said = f"{self.stage.name}: step {self.step}: loss {loss:.4g}, {loss / usual:.1f} times the usual {usual:.4g}"
+        if self.spikes.hopeless:
+            raise RunFailed(
+                f"{said}, and so were the {self.spikes.row - 1} steps before: this is no spike. Go on from the last "
+                f"checkpoint with --resume and a higher stages.{self.stage.name}.spike.factor, or null"
+            )
+        before = self.point
+        if before is None:
+            self.callbacks.message(f"{said}: its batch is left out")
+            return
+        saved.load_module(self.stage.module, before.weights(), before.path, self.engine.put)
+        self._restore_optimizer(before)
+        row = self.spikes.row
+        if before.state.get("spikes"):
+            self.spikes.load_state_dict(before.state["spikes"] | {"row": row})
+        self.callbacks.message(
+            f"{said}: weights go back to {before.path.name}, and the batches since then are left out"
+        )
+        self._commit(scheduled=True)  # or a later resume would take the weights back, and not the data
 
     def _next_batch(self) -> tuple[Batch, Batch]:
         """The next batch of all ranks, and this one's rows of it."""
+        self.moment.begin()
         batch = self.source.next_batch()
         if batch.tokens == 0:
             raise UserError(
@@ -284,7 +336,7 @@ class _Run:
         self.engine.reduce(self.stage)
         return sums
 
-    def _check(self, metrics: dict[str, Tensor], batch: Batch) -> tuple[dict[str, float], list[float]]:
+    def _check(self, metrics: dict[str, Tensor], batch: Batch, whole: Batch) -> tuple[dict[str, float], list[float]]:
         """Losses and each group's gradient norm as numbers: the step's only wait for the device.
 
         Raises:
@@ -297,17 +349,17 @@ class _Run:
         values = self.engine.agree(torch.stack(numbers), len(metrics), len(norms)).tolist()
         self._agreed = values.pop() > 0
         if not all(map(math.isfinite, values)):
-            self._fail(dict(zip(metrics, values, strict=False)), batch)
+            self._fail(dict(zip(metrics, values, strict=False)), batch, whole)
         return dict(zip(metrics, values, strict=False)), values[len(metrics) :]
 
-    def _check_joint(self, norm: float) -> list[float]:
+    def _check_joint(self, norm: float, whole: Batch) -> list[float]:
         """The gradient's norm as an engine gives it after its step: too late to spare the weights.
 
         Raises:
             RunFailed: it is not finite.
         """
         if not math.isfinite(norm):
-            where = f"the last checkpoint is {self.committed.path}" if self.committed else "there is no checkpoint yet"
+            where = self._keep(whole, {}, "the norm of the gradient", commit=False)
             raise RunFailed(
                 f"{self.stage.name}: step {self.step + 1}: the norm of the gradient is not finite, and "
                 f"{self.engine.name} found it after its step: {where}. Go on from it with --resume and a lower rate "
@@ -315,7 +367,7 @@ class _Run:
             )
         return [norm]
 
-    def _fail(self, losses: dict[str, float], batch: Batch) -> NoReturn:
+    def _fail(self, losses: dict[str, float], batch: Batch, whole: Batch) -> NoReturn:
         """Say where the step went wrong, before it reaches the weights."""
         bad = [name for name, value in losses.items() if not math.isfinite(value)]
         if bad:
@@ -330,12 +382,29 @@ class _Run:
             name = max(wrong, key=lambda n: [int(number) for number in re.findall(r"\d+", n)], default=None)
             culprit = f"the gradient of {name}" if name else "the norm of a gradient"
         self.engine.zero_grad()
-        where = f"the last checkpoint is {self.committed.path}" if self.committed else "there is no checkpoint yet"
+        where = self._keep(whole, losses, culprit)
         raise RunFailed(
             f"{self.stage.name}: step {self.step + 1}: {culprit} is not finite. The weights are still those of step "
             f"{self.step}; {where}. Try a lower rate (stages.{self.stage.name}.lr={self.settings.lr / 3:.1e})"
             + (" or engine.precision=fp32" if self.settings.precision == "bf16" else "")
         )
+
+    def _keep(self, batch: Batch, losses: dict[str, float], culprit: str, commit: bool = True) -> str:
+        """Keep what makes a failed step happen again: its batch and, with `commit`, the last good state. In words.
+
+        A disk without room hides nothing of the failure itself.
+        """
+        try:
+            if commit and self.step and (self.committed is None or self.committed.step != self.step):
+                self.moment.rewind(self.source)
+                self._commit()
+            last = f"the last checkpoint is {self.committed.path}" if self.committed else "there is no checkpoint yet"
+            record = {"stage": self.stage.name, "step": self.step + 1, "tokens": self.tokens, "not_finite": culprit}
+            record |= {"losses": losses, "checkpoint": str(self.committed.path) if self.committed else None}
+            path = self.world.first(lambda: str(self.moment.save(self.store.folder.parent, batch, record)))
+        except MachineError as error:
+            return f"neither they nor the batch could be kept ({error})"
+        return f"{last}, and the step's batch is in {path}: --resume carries it out again"
 
     def _clip(self, norms: list[float]) -> None:
         clip = self.settings.clip
@@ -347,8 +416,8 @@ class _Run:
             if norm > clip:
                 self.engine.clip(group, norm, clip)
 
-    def _record(self, losses: dict[str, float], norms: list[float], rates: list[float]) -> None:
-        """Tell of the step; write it down every few steps, and the first and last."""
+    def _record(self, losses: dict[str, float], norms: list[float], rates: list[float], usual: float | None) -> None:
+        """Tell of the step; write it down every few steps, the first, the last and a spike with the `usual` loss."""
         settings = self.settings
         seconds, tokens = self.seconds - self._window[0], self.tokens - self._window[1]
         names = [group.name for group in self.stage.groups]
@@ -367,7 +436,10 @@ class _Run:
         left = max(0, settings.tokens - self.tokens) / rate if rate else None
         done = min(1.0, self.tokens / settings.tokens)
         self.callbacks.progress(self.metrics | {"fraction": done, "seconds_left": left})
-        if self.step == 1 or self.step % settings.log_every == 0 or self.tokens >= settings.tokens:
+        if usual is not None:
+            self.metrics["spike"] = {"usual": usual}
+        logged = self.step == 1 or self.step % settings.log_every == 0 or self.tokens >= settings.tokens
+        if logged or usual is not None:
             self.log.append(self.metrics)
             self._window = (self.seconds, self.tokens)
 
@@ -396,13 +468,13 @@ class _Run:
         Returns:
             Single parameters that are as they were; a whole group is an error.
         """
-        moved = _different(self.before["frozen"], self._fingerprints(self.stage.frozen))
+        moved = different(self.before["frozen"], self._fingerprints(self.stage.frozen))
         if moved:
             raise RunFailed(
                 f"{self.stage.name}: {len(moved)} tensors that must not change did, e.g. {', '.join(moved[:3])}. This "
                 "is an error of relinear, not of your input; the stage was not marked complete"
             )
-        changed = set(_different(self.before["trained"], self._fingerprints(self.parameters)))
+        changed = set(different(self.before["trained"], self._fingerprints(self.parameters)))
         for group in self.stage.groups:
             if not changed & group.parameters.keys():
                 raise RunFailed(
@@ -427,8 +499,11 @@ class _Run:
             path,
         )
 
-    def _commit(self, result: StageResult | None = None) -> None:
-        """One commit of everything; `result` marks the stage complete."""
+    def _commit(self, result: StageResult | None = None, scheduled: bool = False) -> None:
+        """One commit of everything; `result` marks the stage complete. A spike goes back to `scheduled` ones alone: an
+        undisturbed run must have them too."""
+        rolls = self.spikes is not None and self.spikes.settings.action == "rollback"
+        point = self.step if scheduled else None if self.point is None else self.point.step
         state: dict[str, Any] = {
             "tokens": self.tokens,
             "seconds": self.seconds,
@@ -438,7 +513,10 @@ class _Run:
             "fingerprints": self.before,
             "settings": _settings_dict(self.settings),
             "source": self.source.state_dict(),
+            "spikes": None if self.spikes is None else self.spikes.state_dict(),
+            "point": point if rolls else None,
         }
+        self.moment.mark(state["source"])
         if result is not None:
             state["result"] = {k: v for k, v in result.__dict__.items() if k != "path"}
         optimizer = None if result else self.engine.optimizer_tensors(self.names)
@@ -454,6 +532,8 @@ class _Run:
                 complete=result is not None,
                 world=self.world,
             )
+        if rolls and scheduled:
+            self.point = self.committed
 
     def _share(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Those tensors, whole, that this rank writes. All ranks gather each."""
@@ -487,20 +567,6 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def fingerprints(tensors: dict[str, Any]) -> dict[str, str]:
-    """A hash of every tensor's bytes."""
-    return {name: _fingerprint(tensor) for name, tensor in tensors.items()}
-
-
-def _fingerprint(tensor: Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.blake2b(data.data, digest_size=12).hexdigest()
-
-
-def _different(before: dict[str, str], after: dict[str, str]) -> list[str]:
-    return [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
 
 
 def peak_memory(device: torch.device) -> int:

@@ -21,6 +21,7 @@ from .schema import (
     LossWeights,
     OverrideSection,
     Recipe,
+    SpikeSection,
     Stage,
     TrainingStage,
 )
@@ -168,6 +169,7 @@ def _stages() -> str:
     parts = [
         _STAGES,
         _table("stages: what every training stage can set", TrainingStage, list(TrainingStage.model_fields)),
+        _table("spike of every training stage", SpikeSection, list(SpikeSection.model_fields)),
     ]
     for kind, stage in STAGES.items():
         title = "stages: transfer" if kind == "transfer" else f"stages: what {kind} adds or has another default for"

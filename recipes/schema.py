@@ -217,6 +217,18 @@ class CalibrateStage(Stage):
     seed: Seed | None = Field(default=None, description="of this stage; the recipe's seed if null")
 
 
+class SpikeSection(Section):
+    """What is done where a step's loss jumps. The step's batch is left out; what came before decides, nothing else."""
+
+    factor: float = Field(default=3.0, gt=1, description="a spike is a loss above so many times the usual one")
+    window: int = Field(default=50, ge=2, description="steps whose median loss is the usual one; none is judged before")
+    action: Literal["skip", "rollback"] = Field(
+        default="skip",
+        description="rollback: weights and optimizer also go back to the last saved step, and all batches since then "
+        "are left out",
+    )
+
+
 class TrainingStage(Stage):
     """What every training stage can set."""
 
@@ -245,6 +257,7 @@ class TrainingStage(Stage):
         "null keeps the weights themselves",
     )
     seed: Seed | None = Field(default=None, description="of this stage; the recipe's seed if null")
+    spike: SpikeSection | None = Field(default=None, description="jumps of the loss that leave out a batch; null: none")
 
     @property
     def final_lr(self) -> float:
@@ -413,7 +426,9 @@ class EngineSection(Section):
     @model_validator(mode="after")
     def _offload(self) -> EngineSection:
         if self.offload != "none" and not self.parallel.startswith("deepspeed"):
-            raise ValueError(f"offload: {self.offload} is DeepSpeed's; write parallel: deepspeed-zero2, or offload: none")
+            raise ValueError(
+                f"offload: {self.offload} is DeepSpeed's; write parallel: deepspeed-zero2, or offload: none"
+            )
         if self.offload == "nvme" and self.offload_dir is None:
             raise ValueError("offload: nvme needs a folder on that drive; write offload_dir: FOLDER")
         return self

@@ -23,8 +23,8 @@ from ...distill import files
 from ...distill.data.tokenise import Tokens
 from ...distill.data.windows import eval_batches
 from ...distill.errors import RunFailed
+from ...distill.fingerprints import fingerprints
 from ...distill.hybrid import Hybrid
-from ...distill.loop import fingerprints
 from ...distill.precision import autocast
 from ...eval.fidelity import clustered_mean
 from ...eval.tasks.document import Document

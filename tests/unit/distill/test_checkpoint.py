@@ -274,6 +274,82 @@ def test_a_damaged_commit_is_passed_over_loudly(
     assert same(tensors(model), straight[0])
 
 
+def flip(path: Path, place: int = -5) -> None:
+    """Change one bit of a file; its size and time stay."""
+    content, stat = bytearray(path.read_bytes()), path.stat()
+    content[place] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+FILES = ["weights.safetensors", "optimizer.safetensors", "rng.safetensors", "state.safetensors", "state.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_is_found_named_and_the_commit_before_taken(
+    source_of: Any, tmp_path: Path, straight: tuple[dict[str, Tensor], list[dict]], name: str
+) -> None:
+    asked = iter([False] * 4)
+    stop = Callbacks(should_stop=lambda: next(asked, True))
+    run_stage(Noisy().stage(), source_of(), SETTINGS, folder=tmp_path, callbacks=stop)
+    path = tmp_path / "checkpoints" / "glue-4" / name
+    # state.json stays JSON: a digit of a number becomes another.
+    flip(path, path.read_bytes().index(b'"tokens": ') + 10 if name == "state.json" else -5)
+    said: list[str] = []
+    model = Noisy()
+    talk = Callbacks(message=said.append)
+    run_stage(model.stage(), source_of(), SETTINGS, folder=tmp_path, resume=True, callbacks=talk)
+    warnings = [line for line in said if "glue-4" in line and ("not used" in line or "ignored" in line)]
+    assert len(warnings) == 1 and (name == "state.json" or f"glue-4/{name}: other content" in warnings[0])
+    assert any("goes on from" in line and "glue-2 (step 2)" in line for line in said)
+    assert same(tensors(model), straight[0])
+    assert timeless(tmp_path / "metrics.jsonl") == straight[1]
+
+
+def test_with_every_commit_damaged_the_stage_begins_anew(
+    source_of: Any, tmp_path: Path, straight: tuple[dict[str, Tensor], list[dict]]
+) -> None:
+    stopped(source_of(), tmp_path)
+    for commit in (tmp_path / "checkpoints").iterdir():
+        flip(commit / "weights.safetensors")
+    said: list[str] = []
+    model = Noisy()
+    talk = Callbacks(message=said.append)
+    run_stage(model.stage(), source_of(), SETTINGS, folder=tmp_path, resume=True, callbacks=talk)
+    assert sum("This checkpoint is not used" in line for line in said) == 2
+    assert same(tensors(model), straight[0]) and timeless(tmp_path / "metrics.jsonl") == straight[1]
+
+
+def test_a_damaged_end_is_needless_once_the_next_stage_has_saved(source_of: Any, tmp_path: Path) -> None:
+    run_stage(Noisy().stage("align"), source_of(), SETTINGS, folder=tmp_path)
+    stopped(source_of(), tmp_path)
+    flip(tmp_path / "checkpoints" / "align-6" / "weights.safetensors")
+    said: list[str] = []
+    stage = Noisy().stage("align")
+    stage.step = lambda batch, total: pytest.fail("must not train")
+    talk = Callbacks(message=said.append)
+    result = run_stage(stage, source_of(), SETTINGS, folder=tmp_path, resume=True, callbacks=talk)
+    assert result.status == "complete" and any("align-6/weights.safetensors: other content" in line for line in said)
+    assert any("needs it no more: it goes on from" in line and "glue-3" in line for line in said)
+    model = Noisy()
+    run_stage(model.stage(), source_of(), SETTINGS, folder=tmp_path, resume=True, after="align")
+    # Whoever asks for these weights themselves is told.
+    with pytest.raises(UserError, match=r"align-6/weights\.safetensors: other content.*Remove .*align-6"):
+        checkpoint.Checkpoints(tmp_path / "checkpoints").require_complete("align").weights()
+
+
+def test_a_commit_that_names_files_elsewhere_is_not_read(source_of: Any, tmp_path: Path) -> None:
+    stopped(source_of(), tmp_path)
+    path = tmp_path / "checkpoints" / "glue-3" / "state.json"
+    state = json.loads(path.read_text())
+    (tmp_path / "elsewhere.safetensors").write_bytes(b"12")
+    state["files"]["../../elsewhere.safetensors"] = 2
+    state.pop("check")
+    path.write_text(json.dumps(state))
+    store = checkpoint.Checkpoints(tmp_path / "checkpoints")
+    assert [commit.path.name for commit in store.all()] == ["glue-2"] and store.damaged() == [path.parent]
+
+
 def stopped(source: Any, folder: Path, name: str = "glue") -> None:
     asked = iter([False] * 3)
     stop = Callbacks(should_stop=lambda: next(asked, True))
@@ -320,14 +396,15 @@ def test_metrics_of_another_run_are_noticed(source_of: Any, tmp_path: Path) -> N
         run_stage(Noisy().stage(), source_of(), SETTINGS, folder=tmp_path, resume=True)
 
 
-def test_another_environment_is_recorded_and_warned_of(source_of: Any, tmp_path: Path) -> None:
-    stopped(source_of(), tmp_path)
-    path = tmp_path / "checkpoints" / "glue-3" / "state.json"
-    state = json.loads(path.read_text())
-    assert state["environment"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
-    assert state["environment"]["threads"] == torch.get_num_threads()
-    state["environment"]["threads"] = 64
-    path.write_text(json.dumps(state))
+def test_another_environment_is_recorded_and_warned_of(
+    source_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = checkpoint.environment()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "environment", lambda: here | {"threads": 64})
+        stopped(source_of(), tmp_path)
+    state = json.loads((tmp_path / "checkpoints" / "glue-3" / "state.json").read_text())
+    assert state["environment"] == here | {"threads": 64} and here["threads"] == torch.get_num_threads()
     said: list[str] = []
     talk = Callbacks(message=said.append)
     run_stage(Noisy().stage(), source_of(), SETTINGS, folder=tmp_path, resume=True, callbacks=talk)

@@ -153,7 +153,13 @@ def test_what_is_not_finite_stops_the_run_before_the_weights(
     bad.break_at = 4, what
     with pytest.raises(RunFailed, match=named) as error:
         run_stage(toy_stage(bad), source_of(), SETTINGS, folder=tmp_path / "bad")
-    assert "still those of step 3; there is no checkpoint yet" in str(error.value)
+    assert "still those of step 3; the last checkpoint is" in str(error.value) and "align-3, and" in str(error.value)
+    first = Toy()
+    first.break_at = 1, what
+    with pytest.raises(
+        RunFailed, match=r"those of step 0; there is no checkpoint yet, and the step's batch is in .*-1:"
+    ):
+        run_stage(toy_stage(first), source_of(), SETTINGS, folder=tmp_path / "first")
     assert equal(weights(good), weights(bad))
 
 
