@@ -1,8 +1,10 @@
 """What a conversion costs, counted from geometry alone: parameters, bytes, FLOPs. Memory and time are estimates.
 
-FLOPs count matrix products (a multiply-add is two) and take a backward pass as twice its forward. Peak rates are dense
-bf16 tensor-core figures of the vendors' data sheets; the share of the peak that a run reaches (MFU) is an assumption,
-0.15 unless said otherwise: RADLADS' glue of a 7B model took 44 MI300X-hours for 500M tokens, 0.14 of the peak.
+FLOPs are those of matrix products (a multiply-add is two) as torch's counter sees them where attention is eager: masked
+scores count in full, as the usual definition of MFU has it; a backward pass has those gradients that are needed. Peak
+rates are dense bf16 tensor-core figures of the vendors' data sheets; the share of the peak that a run reaches (MFU) is
+an assumption, 0.15 unless said otherwise: RADLADS' glue of a 7B model took 44 MI300X-hours for 500M tokens, 0.14 of the
+peak. How tensors are divided among ranks is in `ranks.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..mixers import registry
+from ..mixers.specs.heads import activations
 from .layers import LayerMap
 from .teacher_config import TeacherConfig
 
@@ -30,11 +33,15 @@ PER_LAYER = ("matrix", "align")
 """Stages on the teacher's layer inputs, one layer's graph at a time."""
 # What these tensors do comes before the mixing of tokens, or after it.
 _UNMIXED = ("v_proj", "o_proj", "g_proj", "out_norm", "ln_x", "v0", "v1", "v2", "g0", "g1", "g2")
+CPU_ALLOCATOR = 0.9
+"""Of the activations: what glibc's heap does not give back between tensors of other sizes, measured in
+docs/results/train.md. Tensors above 32 MiB, which it maps one by one, leave less."""
 CACHE_LENGTHS = (4096, 32768, 131072)
 # Floats kept for a backward pass, per token, counted from the tensors that plain torch saves at widths 128 to 512: by
-# rwkv7 38 to 40 per inner channel (gated_deltanet 25 to 27), by the rest of a layer 5 per hidden and 4 per feed-forward
-# channel. Attention's 8 are q, k, v, their rotated copies and the output.
-_MIXER_FLOATS, _ATTENTION_FLOATS, _HIDDEN_FLOATS, _FFN_FLOATS = 40, 8, 5, 4
+# the rest of a layer 5 per hidden and 4 per feed-forward channel. Attention's 8 are q, k, v, their rotated copies and
+# the output.
+_ATTENTION_FLOATS, _HIDDEN_FLOATS, _FFN_FLOATS = 8, 5, 4
+_ALIGN_HIDDEN = 3  # per hidden channel, while a mixer trains: residual stream, the attention's input and its output
 _CANDIDATES = 40 * 4096  # knobs' values tried by calibrate in a layer, times the tokens that they are tried on
 _MATRICES = 16  # matrices (tokens x tokens) held at once per row and head, counted likewise: 8 to 21
 _LOGITS = 2**26  # logits of one model held at once, as `distill.losses.CHUNK_ELEMENTS` says of GPUs
@@ -171,8 +178,63 @@ def _ffn_width(teacher: TeacherConfig, layer: int) -> int:
     return teacher.config["intermediate_size"] if experts is None else experts.active * experts.width
 
 
+def mixer_flops(teacher: TeacherConfig, layers: LayerMap, layer: int) -> tuple[int, int, int]:
+    """FLOPs per token of a converted layer's mixer: forward; backward; its part for the layer input's gradient."""
+    name, values = layers.converted[layer]
+    spec, g = registry.spec(name), teacher.geometry(layer)
+    options, position = spec.options.parse(values), layer / max(1, teacher.num_layers - 1)
+    forward, backward = spec.flops_per_token(g, options), spec.backward_flops(g, options)
+    inputs = spec.input_flops(g, options)
+    if layer == min(layers.layers_of(name)):  # it may lack low-rank maps that the others have
+        rows = [spec.tensors(g, options, first=first, position=position) for first in (False, True)]
+        own = {row.name for row in rows[1]}
+        lacking = [row for row in rows[0] if row.name not in own and len(row.shape) > 1]
+        less = 2 * sum(row.numel for row in lacking)
+        forward, backward = forward - less, backward - 2 * less
+        inputs -= 2 * sum(row.numel for row in lacking if row.name in spec.reads)
+    return forward, backward, inputs
+
+
+def weight_flops(teacher: TeacherConfig, layers: LayerMap, layer: int, new: bool = True) -> int:
+    """FLOPs per token of the gradients of a mixer's matrices; without `new` of those that come from attention."""
+    name, values = layers.converted[layer]
+    spec, first = registry.spec(name), layer == min(layers.layers_of(name))
+    options, position = spec.options.parse(values), layer / max(1, teacher.num_layers - 1)
+    rows = spec.tensors(teacher.geometry(layer), options, first=first, position=position)
+    return 2 * sum(row.numel for row in rows if (new or row.source != "new") and len(row.shape) == 2)
+
+
+def forward_flops(teacher: TeacherConfig, seq_len: int, layers: int | None = None) -> float:
+    """FLOPs per token of the teacher's forward, without the output head; of an align step where `layers` is given.
+
+    Args:
+        teacher: geometry.
+        seq_len: window.
+        layers: so many attention layers, and the feed-forward blocks between them.
+    """
+    count = teacher.num_layers if layers is None else layers
+    held = held_tokens(teacher, seq_len)
+    blocks = count if layers is None else max(0, count - 1)
+    return sum(sum(_attention_flops(teacher, layer, held[layer])) for layer in range(count)) + sum(
+        2 * _ffn(teacher, layer)[1] for layer in range(blocks)
+    )
+
+
+def _attention_flops(teacher: TeacherConfig, layer: int, held: int) -> tuple[int, int]:
+    """Of an attention layer that sees so many tokens: projections, and scores with their read-out."""
+    g = teacher.geometry(layer)
+    return 4 * g.hidden_size * (g.inner_size + g.kv_size), 4 * g.inner_size * held
+
+
 def flops_per_token(
-    teacher: TeacherConfig, layers: LayerMap, kind: str, seq_len: int, needs_teacher: bool, lora: bool = False
+    teacher: TeacherConfig,
+    layers: LayerMap,
+    kind: str,
+    seq_len: int,
+    needs_teacher: bool,
+    train: str = "all",
+    adapted: int = 0,
+    align: bool = False,
 ) -> float:
     """FLOPs that a stage spends per token.
 
@@ -180,31 +242,47 @@ def flops_per_token(
         teacher: geometry.
         layers: what is converted.
         kind: of the stage.
-        seq_len: window; attention over it costs half its square, over a sliding window no more than that.
+        seq_len: window.
         needs_teacher: glue and extend: the loss has a KL part.
-        lora: adapters alone train: no weight has a gradient, so a backward pass costs as much as a forward pass.
+        train: of the stage. What does not train has no weight gradient, and what lies below all that trains none.
+        adapted: parameters of adapters, with `train: lora`.
+        align: glue and extend: the loss has a part for each layer.
     """
-    g = teacher.geometry(0)
-
-    def attention(held: int) -> float:
-        seen = held * (1 - held / (2 * seq_len))  # the mean over positions of min(position, window)
-        return 4 * g.hidden_size * (g.inner_size + g.kv_size) + 4 * g.inner_size * seen
-
-    blocks = 2 * sum(_ffn(teacher, layer)[1] for layer in range(teacher.num_layers))
-    head = 2 * g.hidden_size * teacher.config["vocab_size"]
-    mixers = 0
-    for layer, (name, options) in layers.converted.items():
-        spec = registry.spec(name)
-        mixers += spec.flops_per_token(teacher.geometry(layer), spec.options.parse(options))
-    body = sum(map(attention, held_tokens(teacher, seq_len))) + blocks
-    if kind == "matrix":  # the teacher's queries, keys and scores once more, and values as wide as the window
-        again = 2 * g.hidden_size * (g.inner_size + g.kv_size) + 2 * g.inner_size * seq_len
-        return body + 3 * mixers + len(layers.converted) * (again + 3 * 4 * g.inner_size * seq_len)
-    if kind == "align":
-        return body + 3 * mixers
+    if not layers.converted and kind in PER_LAYER:
+        return 0.0
+    mixers = {layer: mixer_flops(teacher, layers, layer) for layer in layers.converted}
+    alone = sum(forward + backward - inputs for forward, backward, inputs in mixers.values())
+    if kind in PER_LAYER:
+        top = max(layers.converted) + 1
+        g, walked = teacher.geometry(0), forward_flops(teacher, seq_len, top)
+        if kind == "matrix":  # the teacher's queries, keys and scores once more, and values as wide as the window
+            again = 2 * g.hidden_size * (g.inner_size + g.kv_size) + 2 * g.inner_size * seq_len
+            return walked + alone + len(mixers) * (again + 3 * 4 * g.inner_size * seq_len)
+        spared = sum(weight_flops(teacher, layers, layer, new=False) for layer in mixers) if train == "new" else 0
+        return walked + alone - spared
+    head = 2 * teacher.geometry(0).hidden_size * teacher.config["vocab_size"]
+    everything = train in ("all", "no-ffn")
+    # The lowest layer with something that trains, and whether its attention's input is such, or behind such.
+    low = min(mixers, default=teacher.num_layers) if train == "mixers" else 0
     held = held_tokens(teacher, seq_len, layers.attention)
-    student = sum(attention(held[layer]) for layer in layers.kept) + blocks + mixers + head
-    return (2 if lora else 3) * student + (body + head if needs_teacher else 0)
+    total = head * (3 if everything else 2)
+    for layer in range(teacher.num_layers):
+        ffn = 2 * _ffn(teacher, layer)[1]
+        if layer in mixers:
+            forward, backward, inputs = mixers[layer]
+            below = layer == low and train in ("mixers", "lora")
+            total += forward + backward - (inputs if below else 0)
+            total -= weight_flops(teacher, layers, layer) if train == "lora" else 0
+        else:
+            projections, scores = _attention_flops(teacher, layer, held[layer])
+            total += projections + scores
+            if layer > low or train not in ("mixers",):
+                total += projections * (2 if everything else 1) + 2 * scores
+        total += ffn * (1 + (layer >= low) + (train == "all"))
+    total += 3 * 2 * adapted
+    if needs_teacher:
+        total += forward_flops(teacher, seq_len) + head
+    return total + (alone if align else 0)
 
 
 def held_tokens(teacher: TeacherConfig, length: int, changes: dict[str, Any] | None = None) -> list[int]:
@@ -216,6 +294,7 @@ def held_tokens(teacher: TeacherConfig, length: int, changes: dict[str, Any] | N
 
 def memory(
     teacher: TeacherConfig,
+    layers: LayerMap,
     counts: Counts,
     kind: str,
     trained: int,
@@ -224,11 +303,14 @@ def memory(
     precision: str,
     needs_teacher: bool,
     seq_len: int,
+    checkpointing: bool = False,
+    align: bool = False,
 ) -> dict[str, int]:
-    """Estimated bytes of a training stage on one device, by use.
+    """Estimated bytes of a training stage on one device that holds everything, by use.
 
     Args:
         teacher: geometry.
+        layers: what is converted.
         counts: parameters.
         kind: of the stage.
         trained: parameters that it trains.
@@ -237,28 +319,51 @@ def memory(
         precision: of the student's compute.
         needs_teacher: glue and extend: the loss has a KL part.
         seq_len: window.
+        checkpointing: glue and extend: of each block only the input is kept.
+        align: glue and extend: the loss has a part for each layer.
+
+    Returns:
+        `teacher`, `student`, `gradients`, `optimizer`, `activations`.
     """
-    g, config = teacher.geometry(0), teacher.config
+    config, depth = teacher.config, counts.layers
     size = 2 if precision == "bf16" else 4
-    mixer = _MIXER_FLOATS * g.inner_size * tokens
-    widths = [_ffn_width(teacher, layer) for layer in range(counts.layers)]
-    rest = [(_HIDDEN_FLOATS * g.hidden_size + _FFN_FLOATS * width) * tokens for width in widths]
+    kept, most = {}, {}
+    for layer, (name, values) in layers.converted.items():
+        spec = registry.spec(name)
+        # Recurrences and what they read are fp32 whatever the precision.
+        kept[layer], most[layer] = (
+            4 * n for n in activations(spec, teacher.geometry(layer), spec.options.parse(values))
+        )
+    rest = [
+        size * (_HIDDEN_FLOATS * config["hidden_size"] + _FFN_FLOATS * _ffn_width(teacher, layer))
+        for layer in range(depth)
+    ]
     if kind in PER_LAYER:  # one layer's graph at a time, beside one layer of the teacher
-        student, activations = counts.all_mixers, mixer + max(rest)
+        student = counts.all_mixers
+        held = max(max(most.values(), default=0) + size * _ALIGN_HIDDEN * config["hidden_size"], max(rest))
         if kind == "matrix":
-            activations += _MATRICES * g.num_heads * seq_len * tokens * (4 // size)  # fp32 whatever the precision
+            held += 4 * _MATRICES * teacher.geometry(0).num_heads * seq_len  # fp32 whatever the precision
+        held *= tokens
     else:
-        kept = counts.layers - len(counts.mixers)
         student = counts.student
-        activations = len(counts.mixers) * mixer + kept * _ATTENTION_FLOATS * g.inner_size * tokens + sum(rest)
-        # Both models' logits, their probabilities: fp32 whatever the precision.
-        activations += 4 * min(tokens * config["vocab_size"], _LOGITS) * (4 // size)
+        own = [
+            kept.get(layer, size * _ATTENTION_FLOATS * teacher.geometry(layer).inner_size) + rest[layer]
+            for layer in range(depth)
+        ]
+        spare = max((most[layer] - kept[layer] for layer in kept), default=0)
+        held = sum(own) + spare
+        if checkpointing:
+            held = max(own) + spare + size * config["hidden_size"] * depth
+        if align:
+            held += max(most.values(), default=0)
+        # Both models' logits, their probabilities and gradient: fp32 whatever the precision.
+        held = held * tokens + 4 * 4 * min(tokens * config["vocab_size"], _LOGITS)
     return {
         "teacher": BYTES[dtype] * counts.teacher if kind in PER_LAYER or needs_teacher else 0,
         "student": 4 * student,
         "gradients": 4 * trained,
         "optimizer": 8 * trained,
-        "activations": size * activations,
+        "activations": round(held),
     }
 
 
@@ -290,7 +395,7 @@ def calibrate_memory(
 def calibrate_flops(teacher: TeacherConfig, layers: LayerMap, tokens: int, seq_len: int, student: bool) -> float:
     """FLOPs of the calibrate stage: for every layer the teacher up to there, and the student; then its candidates."""
     g, passes = teacher.geometry(0), 2 if student else 1
-    per_layer = flops_per_token(teacher, layers, "align", seq_len, True) / teacher.num_layers
+    per_layer = flops_per_token(teacher, layers, "align", seq_len, True) / teacher.num_layers  # mixers trained: bound
     total = 0.0
     for layer, (name, options) in layers.converted.items():
         spec = registry.spec(name)
@@ -300,9 +405,38 @@ def calibrate_flops(teacher: TeacherConfig, layers: LayerMap, tokens: int, seq_l
     return total
 
 
+def gathered(teacher: TeacherConfig, counts: Counts, kind: str, dtype: str, needs_teacher: bool) -> int:
+    """Bytes that an engine with sharded weights holds whole while it computes: one layer, embeddings and head.
+
+    Args:
+        teacher, counts: geometry and parameters.
+        kind: of the stage; in one of `PER_LAYER` the student is its mixers.
+        dtype: of the teacher's weights.
+        needs_teacher: glue and extend: the loss has a KL part.
+    """
+    ffn = max(_ffn(teacher, layer)[0] for layer in range(counts.layers))
+    mixer = max(counts.mixers.values(), default=0)
+    layer = counts.attention + ffn
+    frozen = BYTES[dtype] * (layer + counts.embeddings)
+    if kind in PER_LAYER:
+        return frozen + 4 * mixer
+    student = 4 * (max(counts.attention * (len(counts.mixers) < counts.layers), mixer) + ffn + counts.embeddings)
+    return student + (frozen if needs_teacher else 0)
+
+
+def flops_per_second(gpu: str, mfu: float) -> float:
+    """Of one GPU of that name at that share of its peak."""
+    return GPUS[gpu][0] * 1e12 * mfu
+
+
 def gpu_hours(flops: float, gpu: str, mfu: float) -> float:
     """Hours on one GPU of that name at that share of its peak."""
-    return flops / (GPUS[gpu][0] * 1e12 * mfu) / 3600
+    return flops / flops_per_second(gpu, mfu) / 3600
+
+
+def cpu_allocator(activations: int) -> int:
+    """Bytes that glibc's heap holds beyond the tensors in it: see `CPU_ALLOCATOR`."""
+    return round(CPU_ALLOCATOR * activations)
 
 
 def cache_bytes(teacher: TeacherConfig, layers: LayerMap, length: int, dtype: str) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from ..mixers import registry
 from . import costs
 from .costs import Counts
 from .layers import LayerMap, resolve
+from .ranks import SHARDED, World
 from .schema import EMBEDDED, CalibrateStage, GlueStage, LoraSection, MatrixStage, Recipe, TrainingStage
 from .teacher_config import TeacherConfig, read_teacher_config
 from .units import format_bytes
@@ -49,9 +50,11 @@ class StagePlan:
     Attributes:
         settings: for `distill.stage.StageSettings`, empty for transfer.
         trained: parameters that learn.
-        memory: bytes by use.
-        flops: of the whole stage.
-        gpu_hours: on the plan's GPU.
+        memory: bytes by use on rank 0, which holds the most.
+        flops: of the whole stage, over all ranks.
+        gpu_hours: on the plan's GPU, over all ranks.
+        tokens_per_second: of all ranks.
+        ranks: (first rank, bytes from this rank on), where ranks differ more than one pair.
     """
 
     kind: str
@@ -63,10 +66,12 @@ class StagePlan:
     memory: dict[str, int]
     flops: float
     gpu_hours: float
+    tokens_per_second: float = 0.0
+    ranks: tuple[tuple[int, int], ...] = ()
 
     @property
     def total_memory(self) -> int:
-        """Bytes on one device."""
+        """Bytes on one device: rank 0's."""
         return sum(self.memory.values())
 
     @property
@@ -90,6 +95,9 @@ class Plan:
         notes: what was derived or looks odd, in words.
         gpu: name in `costs.GPUS`.
         mfu: assumed share of its peak.
+        world: the processes.
+        price: of a GPU-hour, None where none was given.
+        gpus: name -> (tokens per second over the training stages, GPU-hours of all stages) on other GPUs.
     """
 
     teacher: TeacherConfig
@@ -102,6 +110,24 @@ class Plan:
     notes: list[str]
     gpu: str
     mfu: float
+    world: World = dataclasses.field(default_factory=World)
+    price: float | None = None
+    gpus: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of all stages."""
+        return sum(stage.gpu_hours for stage in self.stages)
+
+    @property
+    def hours(self) -> float:
+        """From start to end, with all GPUs at work."""
+        return self.gpu_hours / self.world.size
+
+    @property
+    def cost(self) -> float | None:
+        """At the price of a GPU-hour."""
+        return None if self.price is None else self.price * self.gpu_hours
 
     def stage(self, name: str) -> StagePlan:
         """The stage of that name."""
@@ -137,36 +163,61 @@ class Plan:
                 for tokens, before, after in self.cache
             ],
             "gpu": {"name": self.gpu, "peak_bf16_tflops": costs.GPUS[self.gpu][0], "assumed_mfu": self.mfu},
+            "world": {**dataclasses.asdict(self.world), "size": self.world.size},
+            "gpu_hours": self.gpu_hours,
+            "hours": self.hours,
+            "price_per_gpu_hour": self.price,
+            "cost": self.cost,
+            "gpus": {
+                name: {"tokens_per_second": rate, "gpu_hours": hours} for name, (rate, hours) in self.gpus.items()
+            },
             "notes": self.notes,
         }
 
 
-def plan(recipe: Recipe, gpu: str = "H100", mfu: float = costs.MFU) -> Plan:
+def plan(
+    recipe: Recipe,
+    gpu: str = "H100",
+    mfu: float = costs.MFU,
+    *,
+    nproc: int = 1,
+    nodes: int = 1,
+    price: float | None = None,
+) -> Plan:
     """The plan of a recipe.
 
     Args:
         recipe: validated.
         gpu: whose hours are estimated; a key of `costs.GPUS`.
         mfu: share of the GPU's peak that the run is assumed to reach.
+        nproc: processes per node, one device each.
+        nodes: so many.
+        price: of a GPU-hour, in whatever currency.
 
     Raises:
-        UserError: no config.json, an unknown family, layers that the teacher does not have, an unknown GPU.
+        UserError: no config.json, an unknown family, layers that the teacher does not have, an unknown GPU, several
+            processes without an engine for them.
         MachineError: the Hub cannot be reached.
     """
     if gpu not in costs.GPUS:
         raise UserError(f"--gpu {gpu}: not in the table. Known: {', '.join(costs.GPUS)}")
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu {mfu}: expected a share above 0 and up to 1, for example --mfu {costs.MFU}")
+    world = World(recipe.engine.parallel, nproc, nodes, recipe.engine.offload)
     teacher = read_teacher_config(recipe.teacher.model, recipe.teacher.revision, recipe.place("teacher.model"))
     layers = layer_map(recipe, teacher.num_layers)
     counts = costs.count(teacher, layers)
     notes = _notes(recipe, layers) + _mixer_notes(teacher, layers)
-    stages = [_stage(recipe, stage, teacher, layers, counts, gpu, mfu, notes) for stage in recipe.stages]
+    if world.size == 1 and world.parallel != "single":
+        notes.append(
+            f"engine.parallel: {world.parallel} needs two processes or more; give --nproc N for what each holds"
+        )
+    stages = [_stage(recipe, stage, teacher, layers, counts, gpu, mfu, notes, world) for stage in recipe.stages]
     dtype = "bfloat16" if recipe.engine.precision == "bf16" else recipe.teacher.dtype
     cache = [(length, *costs.cache_bytes(teacher, layers, length, dtype)) for length in costs.CACHE_LENGTHS]
     for stage in stages:
         size, limit = stage.total_memory, costs.GPUS[gpu][1] * 10**9
-        if size > limit:
+        if size > limit and recipe.engine.device != "cpu":
             fits = [name for name, (_, memory) in costs.GPUS.items() if memory * 10**9 >= size]
             notes.append(
                 f"{stage.name} needs about {format_bytes(size)}, more than one {gpu} has ({costs.GPUS[gpu][1]} GB); "
@@ -174,7 +225,17 @@ def plan(recipe: Recipe, gpu: str = "H100", mfu: float = costs.MFU) -> Plan:
                 + (f". A smaller stages.{stage.name}.micro_batch needs less" if stage.sequences > 1 else "")
             )
     tables = tensor_tables(teacher, layers)
-    return Plan(teacher, layers, counts, tables, stages, cache, dtype, list(dict.fromkeys(notes)), gpu, mfu)
+    flops, tokens = sum(s.flops for s in stages), sum(s.settings["tokens"] for s in stages if s.trained)
+    trained = sum(s.flops for s in stages if s.trained)
+    gpus = {
+        name: (
+            tokens * world.size * costs.flops_per_second(name, mfu) / trained if trained else 0.0,
+            costs.gpu_hours(flops, name, mfu),
+        )
+        for name in costs.GPUS
+    }
+    made = list(dict.fromkeys(notes))
+    return Plan(teacher, layers, counts, tables, stages, cache, dtype, made, gpu, mfu, world, price, gpus)
 
 
 def layer_map(recipe: Recipe, num_layers: int) -> LayerMap:
@@ -214,10 +275,13 @@ def stage_settings(recipe: Recipe, stage: TrainingStage, context: int) -> dict[s
         "seq_len": window(asked, context)[0],
         "lr_final": stage.final_lr,
         "precision": recipe.engine.precision,
+        "checkpointing": recipe.engine.checkpointing,
+        "compile": recipe.engine.compile,
         "seed": recipe.seed if stage.seed is None else stage.seed,
         "eval_every": recipe.eval.every or max(1, stage.tokens // 10),
         "save_every": recipe.save.every or max(1, stage.tokens // 10),
         "keep": recipe.save.keep,
+        "spike": None if stage.spike is None else stage.spike.model_dump(),
     }
     loss = getattr(stage, "loss", None)
     settings["loss"] = loss if isinstance(loss, str) or loss is None else loss.model_dump()
@@ -278,6 +342,7 @@ def _stage(
     gpu: str,
     mfu: float,
     notes: list,
+    world: World,
 ) -> StagePlan:
     if isinstance(stage, CalibrateStage):
         settings = calibrate_settings(recipe, stage, teacher.context)
@@ -310,23 +375,71 @@ def _stage(
     lora = settings.get("lora")
     if lora is not None:
         trained = costs.adapters(teacher, layers, lora["rank"], lora["targets"])
-    tokens = (settings["micro_batch"] or settings["batch"]) * length
-    memory = costs.memory(
+    if stage.batch % world.size:
+        notes.append(
+            f"{stage.name}: {stage.batch} sequences cannot be shared by {world.size} ranks: the run would stop. Write "
+            f"stages.{stage.name}.batch={-(-stage.batch // world.size) * world.size}"
+        )
+    align = not isinstance(loss, str | None) and loss.align > 0
+    whole = costs.memory(
         teacher,
+        layers,
         counts,
         stage.kind,
         trained,
-        tokens,
+        world.rows(settings["batch"], settings["micro_batch"]) * length,
         recipe.teacher.dtype,
         recipe.engine.precision,
         needs_teacher,
         length,
+        recipe.engine.checkpointing,
+        align,
     )
     if settings["average"] is not None:
-        memory["average"] = 4 * trained
-    flops = stage.tokens * costs.flops_per_token(teacher, layers, stage.kind, length, needs_teacher, lora is not None)
-    hours = costs.gpu_hours(flops, gpu, mfu)
-    return StagePlan(stage.kind, stage.name, stage.title, settings, steps, trained, memory, flops, hours)
+        whole["average"] = 4 * trained
+    if recipe.engine.device == "cpu":
+        whole["allocator"] = costs.cpu_allocator(whole["activations"])
+    ranks = _ranks(recipe, stage.kind, teacher, counts, whole, needs_teacher, world)
+    adapted = trained if lora is not None else 0
+    train = getattr(stage, "train", "all")
+    each = costs.flops_per_token(teacher, layers, stage.kind, length, needs_teacher, train, adapted, align)
+    return StagePlan(
+        stage.kind,
+        stage.name,
+        stage.title,
+        settings,
+        steps,
+        trained,
+        ranks[0][1],
+        stage.tokens * each,
+        costs.gpu_hours(stage.tokens * each, gpu, mfu),
+        world.size * costs.flops_per_second(gpu, mfu) / each if each else 0.0,
+        tuple((rank, sum(memory.values())) for rank, memory in ranks),
+    )
+
+
+def _ranks(
+    recipe: Recipe,
+    kind: str,
+    teacher: TeacherConfig,
+    counts: Counts,
+    whole: dict[str, int],
+    needs_teacher: bool,
+    world: World,
+) -> list[tuple[int, dict[str, int]]]:
+    """(first rank, bytes by use from this rank on): ranks differ where layers are owned."""
+    per_layer = kind in costs.PER_LAYER
+    gathered = 0
+    if world.parallel in SHARDED:
+        gathered = costs.gathered(teacher, counts, kind, recipe.teacher.dtype, needs_teacher)
+    owning = per_layer and world.parallel.startswith("deepspeed")
+    found: list[tuple[int, dict[str, int]]] = []
+    for rank in range(world.size if owning else 1):
+        owned = world.owned(counts.mixers, rank) if owning else None
+        memory = world.divide(whole, per_layer=per_layer, gathered=gathered, owned=owned)
+        if not found or memory != found[-1][1]:
+            found.append((rank, memory))
+    return found
 
 
 def _notes(recipe: Recipe, layers: LayerMap) -> list[str]:

@@ -27,6 +27,11 @@ def render(plan: Plan, width: int = 110) -> str:
     console.print("\nStages")
     console.print(_stages(plan))
     console.print(_footnote(plan))
+    console.print(f"\n{_each_rank(plan)}")
+    console.print(_memory(plan))
+    if plan.gpus:
+        console.print(f"\nThe whole recipe on {plan.world.size} GPU{'s' if plan.world.size > 1 else ''}")
+        console.print(_gpus(plan))
     console.print(f"\nDecode cache of one sequence ({plan.cache_dtype} keys and values, fp32 states)")
     console.print(_cache(plan))
     if plan.notes:
@@ -74,13 +79,12 @@ def _tensors(table: TensorTable) -> Table:
 
 
 def _stages(plan: Plan) -> Table:
-    right = ("tokens", "window", "batch", "steps", "memory", "FLOPs", f"{plan.gpu}-hours")
+    right = ("tokens", "window", "batch", "steps", "FLOPs", "tokens/s", f"{plan.gpu}-hours")
     made = _table(("stage", "what", "trains"), right)
     for stage in plan.stages:
         made.add_row(stage.name, stage.title, *_figures(stage))
-    total = sum(stage.gpu_hours for stage in plan.stages)
     flops = sum(stage.flops for stage in plan.stages)
-    made.add_row("all", "", "", "", "", "", "", "", f"{flops:.2g}", _hours(total))
+    made.add_row("all", "", "", "", "", "", "", f"{flops:.2g}", "", _hours(plan.gpu_hours))
     return made
 
 
@@ -94,8 +98,8 @@ def _figures(stage: StagePlan) -> list[str]:
         str(settings["seq_len"]),
         str(settings["batch"]),
         f"{stage.steps:,}",
-        format_bytes(stage.total_memory),
         f"{stage.flops:.2g}",
+        format_count(round(stage.tokens_per_second)) if stage.tokens_per_second else "-",
         _hours(stage.gpu_hours),
     ]
 
@@ -106,9 +110,40 @@ def _hours(hours: float) -> str:
 
 def _footnote(plan: Plan) -> str:
     return (
-        f"Memory and hours are estimates: memory on one device, without activation checkpointing; hours at "
-        f"{plan.mfu:.0%} of {costs.GPUS[plan.gpu][0]:g} TFLOP/s (bf16 peak of one {plan.gpu})."
+        f"Hours are estimates, at {plan.mfu:.0%} of {costs.GPUS[plan.gpu][0]:g} TFLOP/s (bf16 peak of one {plan.gpu}); reading, "
+        "evaluation and what ranks send each other are not counted."
     )
+
+
+def _each_rank(plan: Plan) -> str:
+    world = plan.world
+    if world.size == 1:
+        return "Memory on one device"
+    nodes = f" on each of {world.nodes} nodes" if world.nodes > 1 else ""
+    return f"Memory of each rank: {world.parallel}, {world.nproc} processes{nodes}, {world.size} ranks"
+
+
+def _memory(plan: Plan) -> Table:
+    names = list(dict.fromkeys(name for stage in plan.stages for name in stage.memory))
+    made = _table(("stage",), (*names, "together"))
+    for stage in plan.stages:
+        if not stage.memory:
+            continue
+        cells = [format_bytes(stage.memory[name]) if stage.memory.get(name) else "-" for name in names]
+        made.add_row(stage.name, *cells, format_bytes(stage.total_memory))
+        for rank, size in stage.ranks[1:]:
+            made.add_row(f"  from rank {rank}", *[""] * len(names), format_bytes(size))
+    return made
+
+
+def _gpus(plan: Plan) -> Table:
+    """Time on every GPU of the table; the price is that of the plan's own."""
+    made = _table(("GPU",), ("tokens/s", "GPU-hours", "hours", *(["cost"] if plan.cost is not None else [])))
+    for name, (rate, hours) in plan.gpus.items():
+        cost = f"{plan.cost:,.2f}" if plan.cost is not None and name == plan.gpu else ""
+        row = (name, format_count(round(rate)), _hours(hours), _hours(hours / plan.world.size))
+        made.add_row(*row, *([cost] if plan.cost is not None else []))
+    return made
 
 
 def _cache(plan: Plan) -> Table:

@@ -55,6 +55,7 @@ def register(app: typer.Typer) -> None:
         epilog=examples(
             "relinear plan rwkv7 teacher.model=FOLDER data.source=FILE",
             "relinear plan qwen2.5-7b-rwkv7 teacher.model=FOLDER_WITH_CONFIG_JSON --gpu H200 --json",
+            "relinear plan my.yaml engine.parallel=fsdp2 --nproc 8 --nodes 2 --gpu H100 --price 2.5",
             then="relinear run rwkv7 teacher.model=FOLDER data.source=FILE",
         )
     )(plan)
@@ -248,18 +249,25 @@ def plan(
     mfu: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Share of its peak that is reached.", show_default=False)
     ] = None,
+    nproc: Annotated[int, typer.Option(min=1, metavar="N", help="Processes per node, one GPU each.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, metavar="M", help="Nodes.")] = 1,
+    price: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="X", help="Of a GPU-hour: what the recipe costs.", show_default=False),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Show what a recipe will do, before any work.
 
-    From the teacher's config.json alone: which layers, where every tensor comes from, parameters, memory and FLOPs
-    per stage, and how much smaller the decode cache becomes.
+    From the teacher's config.json alone: which layers, where every tensor comes from, parameters, FLOPs and hours per
+    stage, what memory each rank holds, and how much smaller the decode cache becomes. No GPU is needed, for any number
+    of them.
     """
     from ...recipes import loader
     from ...recipes import plan as planner
 
     assumed = {} if mfu is None else {"mfu": mfu}
-    made = planner.plan(loader.load(recipe, overrides), gpu, **assumed)
+    made = planner.plan(loader.load(recipe, overrides), gpu, nproc=nproc, nodes=nodes, price=price, **assumed)
     if json:
         data_json(made.to_dict())
     else:

@@ -85,7 +85,9 @@ def run(
     rendezvous: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Where node 0 listens.", show_default=False)
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop before any work.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what each process would hold, and stop before any work.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Carry out a recipe: transfer, align, glue, evaluate, export.
@@ -97,7 +99,9 @@ def run(
     if dry_run:
         from .look import plan
 
-        plan(recipe, changes, json=json)
+        # `auto` counts the GPUs of a machine, which need not be this one.
+        count = int(nproc) if nproc is not None and nproc.isdecimal() and int(nproc) > 0 else 1
+        plan(recipe, changes, nproc=count, nodes=nodes or 1, json=json)
         return
     from ...recipes.loader import load
 

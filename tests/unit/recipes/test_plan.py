@@ -210,6 +210,68 @@ def test_more_work_costs_more(folder):
     assert slow / fast == pytest.approx(costs.GPUS["B200"][0] / costs.GPUS["A100"][0])
 
 
+def test_what_each_rank_holds(folder):
+    alone = made(folder(TINY)).stage("align"), made(folder(TINY)).stage("glue")
+
+    def ranks(parallel: str, nproc: int = 2, nodes: int = 2, **kwargs: Any):
+        changes = (f"engine.parallel={parallel}", "stages.align.batch=32", "stages.glue.batch=32")
+        plan = made(folder(TINY), *changes, nproc=nproc, nodes=nodes, **kwargs)
+        return plan.stage("align"), plan.stage("glue")
+
+    def parts(stage: planner.StagePlan):
+        return {name: size for name, size in stage.memory.items() if name != "activations"}
+
+    for stage, whole in zip(ranks("ddp"), alone, strict=True):
+        assert parts(stage) == parts(whole)
+        assert stage.memory["activations"] == whole.memory["activations"] * 8 // whole.sequences
+        assert stage.flops == whole.flops and stage.tokens_per_second == 4 * whole.tokens_per_second
+    for stage, whole in zip(ranks("fsdp2"), alone, strict=True):
+        for name in ("teacher", "student", "gradients", "optimizer"):
+            assert stage.memory[name] == -(-whole.memory[name] // 4), name
+        assert 0 < stage.memory["gathered"]
+    for level in (1, 2, 3):
+        align, glue = ranks(f"deepspeed-zero{level}")
+        share = {name: alone[1].memory[name] / glue.memory[name] for name in ("teacher", "student", "gradients")}
+        assert share == {
+            "teacher": pytest.approx(4 if level == 3 else 1),
+            "student": pytest.approx(4 if level == 3 else 1),
+            "gradients": pytest.approx(4 if level > 1 else 1),
+        }
+        assert glue.memory["optimizer"] == pytest.approx(3 * 4 * glue.trained / 4)
+        # Five layers on four ranks: the first rank owns two.
+        own = made(folder(TINY)).counts.mixers
+        assert align.memory["student"] == alone[0].memory["student"]
+        assert align.memory["optimizer"] == 8 * (own[0] + own[4])
+        assert [rank for rank, _ in align.ranks][:2] == [0, 1]
+    off = made(folder(TINY), "engine.parallel=deepspeed-zero2", "engine.offload=cpu", "stages.glue.batch=4", nproc=2)
+    assert off.stage("glue").memory["optimizer"] == 0
+    text = planner.render(made(folder(TINY), "engine.parallel=deepspeed-zero1", nproc=2, nodes=2, price=2.5))
+    assert "deepspeed-zero1, 2 processes on each of 2 nodes, 4 ranks" in text and "from rank 1" in text
+
+
+def test_several_processes_need_an_engine(folder):
+    with pytest.raises(UserError, match=r"engine.parallel: single, but --nproc 2 --nodes 3 are 6 processes"):
+        made(folder(TINY), nproc=2, nodes=3)
+    notes = made(folder(TINY), "engine.parallel=ddp", nproc=3).notes
+    assert any("cannot be shared by 3 ranks" in note and "stages.glue.batch=" in note for note in notes)
+    assert any("needs two processes or more" in note for note in made(folder(TINY), "engine.parallel=ddp").notes)
+
+
+def test_what_it_costs(folder):
+    plan = made(folder(TINY), "engine.parallel=ddp", nproc=2, nodes=4, price=2.5)
+    assert plan.cost == pytest.approx(2.5 * plan.gpu_hours) and plan.hours == pytest.approx(plan.gpu_hours / 8)
+    assert made(folder(TINY)).cost is None and "  cost\n" not in planner.render(made(folder(TINY)))
+    assert plan.to_dict()["cost"] == plan.cost and f"{plan.cost:,.2f}" in planner.render(plan)
+    assert plan.gpus["B200"][1] < plan.gpus["H100"][1] == pytest.approx(plan.gpu_hours)
+
+
+def test_less_that_trains_costs_less(folder):
+    each = [made(folder(TINY), f"stages.glue.train={name}").stage("glue").flops for name in ("all", "no-ffn", "mixers")]
+    assert each == sorted(each, reverse=True) and len(set(each)) == 3
+    some = made(folder(TINY), "stages.align.train=new").stage("align").flops
+    assert some < made(folder(TINY)).stage("align").flops
+
+
 def test_as_text_and_as_json(folder):
     plan = made(folder(TINY), "layers.keep=1,3")
     text = planner.render(plan)
