@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import MachineError, UserError
+from .watchdog import beat
 
 TEMPORARY = ".tmp-"
 """Stands in the name of everything unfinished; readers skip such names, `clean_temporaries` removes them."""
@@ -109,6 +110,7 @@ def clean_temporaries(folder: Path | str) -> list[Path]:
 
 def sync(path: Path | str) -> None:
     """Ask the disk to keep a file, or a directory's entries."""
+    beat()
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..mixers.specs.base import Geometry
 from . import families
+from .digest import inside
 from .errors import MachineError, UserError
 from .family import Family, Head
 
@@ -274,11 +275,14 @@ def _locate(name: str, revision: str | None) -> tuple[Path, str | None]:
 
 def _check_weights(folder: Path) -> None:
     """Refuse missing and truncated safetensors before anything is loaded."""
+    if (folder / "adapter_config.json").exists():
+        # transformers would load the adapter's weights on top without a word, from wherever it says.
+        raise UserError(
+            f"{folder / 'adapter_config.json'}: this folder holds an adapter (peft). Merge it into the model first "
+            "(merge_and_unload, save_pretrained), and give the merged folder"
+        )
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        shards = ["model.safetensors"]
+    shards = _indexed(index) if index.exists() else ["model.safetensors"]
     for shard in shards:
         path = folder / shard
         if not path.exists():
@@ -287,6 +291,19 @@ def _check_weights(folder: Path) -> None:
         problem = _truncation(path)
         if problem:
             raise UserError(f"{path}: {problem}. Fetch the file again")
+
+
+def _indexed(index: Path) -> list[str]:
+    """The shards that an index names.
+
+    Raises:
+        UserError: not an index, or one that leads out of its folder.
+    """
+    try:
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not an index of shards ({error!r}). Fetch the file again") from None
+    return sorted(inside(str(shard), str(index)) for shard in named)
 
 
 def _truncation(path: Path) -> str | None:
@@ -332,7 +349,10 @@ def _load(folder: Path, dtype: str, device: str, cls: Any = None, **kwargs: Any)
         raise UserError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     loader: Any = cls or AutoModelForCausalLM
     try:
-        model, info = loader.from_pretrained(folder, dtype=getattr(torch, dtype), output_loading_info=True, **kwargs)
+        # Of weights safetensors alone are read: other formats are pickles, and can run what they like.
+        model, info = loader.from_pretrained(
+            folder, dtype=getattr(torch, dtype), output_loading_info=True, use_safetensors=True, **kwargs
+        )
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"{folder}: cannot be loaded ({reason}). Fetch the files again") from error

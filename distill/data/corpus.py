@@ -64,17 +64,19 @@ class Corpus:
             UserError: fewer tokens than one row.
         """
         feeds: list[Feed] = []
+        fingerprints = []
         for number, part in enumerate(self.parts):
+            stream = None
             if part.tokens is not None:
                 feeds.append(LocalFeed(part.tokens, seq_len, pack, (seed, number), part.source))
             elif part.open_stream is not None:
+                stream = part.open_stream()
                 feeds.append(
-                    StreamFeed(
-                        part.open_stream(), self.tokenizer, seq_len, pack, (seed, number), shuffle_buffer, part.held_out
-                    )
+                    StreamFeed(stream, self.tokenizer, seq_len, pack, (seed, number), shuffle_buffer, part.held_out)
                 )
+            fingerprints.append(_fingerprint(part, shuffle_buffer, stream))
         identity = {
-            "data": [_fingerprint(part, shuffle_buffer) for part in self.parts],
+            "data": fingerprints,
             "weights": [part.weight for part in self.parts],
             "seq_len": seq_len,
             "batch": batch,
@@ -257,10 +259,12 @@ def _held_out(part: Part, tokenizer: Any, documents: int, tokens: int) -> Tokens
     return valid
 
 
-def _fingerprint(part: Part, shuffle_buffer: int) -> str:
-    """Tells corpora apart: by their tokens, wherever the files are; streams by name and settings."""
+def _fingerprint(part: Part, shuffle_buffer: int, stream: RecordStream | None) -> str:
+    """Tells corpora apart: by their tokens, wherever the files are; streams by files, or name, and settings."""
     tokens = part.tokens
     if tokens is None:
-        return f"stream of {part.source}, buffer {shuffle_buffer}, held out {part.held_out}"
+        files = stream.fingerprint() if stream is not None else None
+        content = "" if files is None else f", files {files}"
+        return f"stream of {part.source}{content}, buffer {shuffle_buffer}, held out {part.held_out}"
     check = zlib.crc32(tokens.offsets.tobytes(), zlib.crc32(tokens.ids.tobytes()))
     return f"{len(tokens)} documents, {len(tokens.ids)} tokens, {check:08x}"

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..digest import files_fingerprint
 from ..errors import MachineError, UserError
 from .documents import Document, Fields, record_document
 
@@ -25,7 +26,8 @@ class RecordStream:
         files: local jsonl or parquet files to stream instead of a named dataset.
 
     Raises:
-        UserError: no such dataset, configuration or split; files of a kind that cannot be streamed.
+        UserError: no such dataset, configuration or split; files of a kind that cannot be streamed; while reading, a
+            file that changed since.
         MachineError: the dataset cannot be reached.
     """
 
@@ -40,6 +42,8 @@ class RecordStream:
     ) -> None:
         self.source = source
         self.fields = fields
+        self.files = list(files or [])
+        self._opened = _stats(source, self.files)
         self.dataset = _open_files(source, files) if files else _load(source, source, name=name, split=split)
         self._beginning = copy.deepcopy(self.dataset.state_dict())
         self._records: Any = None
@@ -53,6 +57,7 @@ class RecordStream:
         """
         if self._records is None:
             self._records = iter(self.dataset)
+        self._check_unchanged()
         found = []
         taken = 0
         for record in _reading(self.source, islice(self._records, count)):
@@ -61,7 +66,22 @@ class RecordStream:
             if document := record_document(record, self.fields, f"{self.source}, record {self._number}"):
                 found.append(document)
         self.exhausted = taken < count
+        self._check_unchanged()
         return found
+
+    def fingerprint(self) -> str | None:
+        """What local files hold (`digest.files_fingerprint`); None of a named dataset."""
+        return files_fingerprint(self.files) if self.files else None
+
+    def _check_unchanged(self) -> None:
+        """Records are read when they are needed: what was written in between would be half of one, half of another."""
+        for path, before, now in zip(self.files, self._opened, _stats(self.source, self.files), strict=True):
+            if before != now:
+                raise UserError(
+                    f"{path}: changed while the run was reading it ({before[0]:,} bytes when it was opened, now "
+                    f"{now[0]:,}). What was saved is from before: put the file back and go on with --resume, or start "
+                    "anew with the new one in another folder: --out DIR"
+                )
 
     def rewind(self) -> None:
         """Back to the first record."""
@@ -78,6 +98,20 @@ class RecordStream:
         self._records = None
         self._number = state["number"]
         self.exhausted = state["exhausted"]
+
+
+def _stats(source: str, files: Sequence[Path]) -> list[tuple[int, int, int]]:
+    """Size, time and number of each file."""
+    found = []
+    for path in files:
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise UserError(
+                f"{path}: gone or unreadable ({error.strerror}); {source} is read from it. Put it back"
+            ) from (None)
+        found.append((stat.st_size, stat.st_mtime_ns, stat.st_ino))
+    return found
 
 
 def _reading(source: str, records: Any) -> Any:

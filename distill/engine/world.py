@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import MachineError, RunFailed, UserError
+from ..watchdog import waiting
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
@@ -57,7 +59,8 @@ class World:
             except Exception as error:
                 failure = error
                 held = [(type(error).__name__, str(error))]
-        dist.broadcast_object_list(held, src=0)
+        with waiting() if not self.main else nullcontext():
+            dist.broadcast_object_list(held, src=0)
         if failure is not None:
             raise failure
         kind, value = held[0]
