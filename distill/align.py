@@ -42,6 +42,7 @@ def align_stage(teacher: Teacher, mixers: dict[int, Mixer], settings: StageSetti
     if settings.train not in TRAIN:
         raise ValueError(f"align cannot train {settings.train!r}. Available: {', '.join(TRAIN)}")
     module = align_module(mixers).float().requires_grad_(True)
+    compile_mixers(mixers, settings.compile)
     if settings.train == "new":
         for mixer in mixers.values():
             for row in mixer.table():
@@ -71,6 +72,15 @@ def align_stage(teacher: Teacher, mixers: dict[int, Mixer], settings: StageSetti
 def align_module(mixers: dict[int, Mixer]) -> nn.ModuleDict:
     """All mixers as one module: what the commits of an align stage hold."""
     return nn.ModuleDict({str(layer): mixers[layer] for layer in sorted(mixers)})
+
+
+def compile_mixers(mixers: dict[int, Mixer], wanted: bool) -> None:
+    """Have torch.compile translate every mixer's forward when it first runs, or run them as they are."""
+    for mixer in mixers.values():
+        if wanted:
+            mixer.compile()
+        else:
+            mixer._compiled_call_impl = None
 
 
 def align_step(

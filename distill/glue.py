@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .align import align_visit
+from .align import align_visit, compile_mixers
 from .data.batch import Batch
 from .engine.base import Engine
 from .errors import UserError
@@ -55,6 +55,11 @@ def glue_stage(
     lora = settings.train == "lora"
     tuner = add_adapters(student, settings_of(settings.lora), settings.seed, f"stages.{name}.lora") if lora else None
     groups = _choose(teacher, student, settings)
+    if settings.checkpointing:
+        student.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        student.activation_checkpointing_disable()
+    compile_mixers(student.mixers(), settings.compile)
     trained = {id(p) for group in groups for p in group.parameters.values()}
     frozen = {f"teacher {key}": tensor for key, tensor in teacher.model.state_dict(keep_vars=True).items()}
     frozen |= {key: tensor for key, tensor in student.state_dict(keep_vars=True).items() if id(tensor) not in trained}

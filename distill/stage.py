@@ -33,7 +33,10 @@ class StageSettings:
         clip: largest norm of a group's gradient; None leaves it alone.
         average: decay per step of a running average of the weights, which is what is evaluated and kept; None: none.
         precision: `fp32`, or `bf16`: products in bfloat16, weights and optimizer in fp32.
-        micro_batch: sequences per forward and backward; None takes the whole batch. Changes memory, not the result.
+        micro_batch: sequences per forward and backward of a rank; None takes all of its batch. Changes memory, not the
+            result.
+        checkpointing: glue keeps each decoder block's input for the backward pass and computes the rest again.
+        compile: torch.compile the mixers.
         loss: align: a key of `losses.ALIGN`; glue and extend: weights of `kl`, `reverse_kl`, `ce`.
         temperature: of the two KL terms.
         teacher_logits: glue and extend: name of the cache of the teacher's logits; None runs the teacher.
@@ -62,6 +65,8 @@ class StageSettings:
     average: float | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     micro_batch: int | None = None
+    checkpointing: bool = False
+    compile: bool = False
     loss: str | dict[str, float] = "l2"
     temperature: float = 1.0
     teacher_logits: str | None = None

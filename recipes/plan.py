@@ -14,6 +14,7 @@ from ..mixers import registry
 from . import costs
 from .costs import Counts
 from .layers import LayerMap, resolve
+from .logit_costs import logits_note, teacher_needs
 from .ranks import SHARDED, World
 from .schema import EMBEDDED, CalibrateStage, GlueStage, LoraSection, MatrixStage, Recipe, TrainingStage
 from .teacher_config import TeacherConfig, read_teacher_config
@@ -371,6 +372,8 @@ def _stage(
     needs_teacher = stage.kind in costs.PER_LAYER or bool(
         loss and not isinstance(loss, str) and loss.kl + loss.reverse_kl + loss.align > 0
     )
+    runs_teacher, needs_teacher = teacher_needs(recipe, stage, needs_teacher)
+    notes += logits_note(stage, length, teacher.config["vocab_size"])
     trained = counts.trained(stage.kind, getattr(stage, "train", ""))
     lora = settings.get("lora")
     if lora is not None:
@@ -402,7 +405,7 @@ def _stage(
     ranks = _ranks(recipe, stage.kind, teacher, counts, whole, needs_teacher, world)
     adapted = trained if lora is not None else 0
     train = getattr(stage, "train", "all")
-    each = costs.flops_per_token(teacher, layers, stage.kind, length, needs_teacher, train, adapted, align)
+    each = costs.flops_per_token(teacher, layers, stage.kind, length, runs_teacher, train, adapted, align)
     return StagePlan(
         stage.kind,
         stage.name,

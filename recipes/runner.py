@@ -21,9 +21,12 @@ from ..distill.export import export
 from ..distill.glue import glue_stage
 from ..distill.loop import run_stage
 from ..distill.lora import load_student
+from ..distill.manifest import check_manifest, write_manifest
 from ..distill.matrix import matrix_rows, matrix_stage, matrix_step
 from ..distill.stage import Callbacks, StageResult, StageSettings
 from ..distill.student import assemble, transfer
+from ..distill.teacher import Teacher
+from ..distill.watchdog import Watchdog, beat
 from ..eval.fidelity import measure
 from ..eval.heatmaps import heatmaps
 from ..eval.plots import loss_curves
@@ -65,13 +68,29 @@ def run(
     Raises:
         UserError, MachineError, RunFailed: as the parts raise them; what was committed stays.
     """
-    session = open_session(recipe, resume=resume, max_hours=max_hours, progress=progress or Silent(), start=start)
-    done = session.folder / "result.json"
-    if resume and done.exists():
-        result = json.loads(done.read_text(encoding="utf-8"))
-        session.progress.note(f"{session.folder}: complete already; nothing to do")
-        return result | {"table": (session.folder / "result.txt").read_text(encoding="utf-8").rstrip("\n")}
-    return _finish(session) if work(session, start) else _stopped(session)
+    with (
+        open_session(recipe, resume=resume, max_hours=max_hours, progress=progress or Silent(), start=start) as session,
+        Watchdog(recipe.engine.timeout, session.folder / "logs"),
+    ):
+        first = session.engine.world.first
+        done = first(lambda: _complete(session))
+        if done:
+            return done
+        if not work(session, start):
+            return _stopped(session)
+        return first(lambda: _finish(session))
+
+
+def _complete(session: Session) -> dict[str, Any] | None:
+    """The result of a run that had ended before, None where it had not; what changed in its folder since is said."""
+    folder = session.folder
+    if not session.resume or not (folder / "result.json").exists():
+        return None
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    session.progress.note(f"{folder}: complete already; nothing to do")
+    for problem in check_manifest(folder):
+        session.progress.note(f"warning: {problem}. To write the export again: relinear export {folder} --overwrite")
+    return result | {"table": (folder / "result.txt").read_text(encoding="utf-8").rstrip("\n")}
 
 
 def work(session: Session, start: Path | None = None) -> bool:
@@ -113,17 +132,22 @@ def _carry_out(session: Session, stage: Any, start: Path | None, stopped: Callab
     if isinstance(stage, CalibrateStage):
         return _calibrate(session, stage, stopped)
     settings = StageSettings(**stage_settings(session.recipe, stage, session.teacher.context))
-    if isinstance(stage, MatrixStage):
-        made = matrix_stage(session.teacher, session.mixers, settings, stage.name)
-        evaluate = _layer_evaluation(session, settings, _matrix_losses)
-    elif isinstance(stage, AlignStage):
-        made = align_stage(session.teacher, session.mixers, settings, stage.name)
-        evaluate = _layer_evaluation(session, settings, _align_losses)
+    engine = session.engine
+    teacher = engine.place_teacher(session.teacher)
+    placed: dict[Any, Any] = {}
+    if isinstance(stage, MatrixStage | AlignStage):
+        placed = engine.place_mixers(session.mixers)
+        make, losses = (
+            (matrix_stage, _matrix_losses) if isinstance(stage, MatrixStage) else (align_stage, _align_losses)
+        )
+        made = make(teacher, placed, settings, stage.name)
+        evaluate = _layer_evaluation(session, teacher, placed, settings, losses)
     else:
         if session.student is None:
             session.student = assemble(session.teacher, session.mixers, session.layers.attention)
-        made = glue_stage(session.teacher, session.student, settings, stage.name)
-        evaluate = _glue_evaluation(session, settings)
+        placed[0] = engine.place_student(session.student)
+        made = glue_stage(teacher, placed[0], settings, stage.name)
+        evaluate = _glue_evaluation(session, teacher, placed[0], settings)
     source = _source(session, stage, settings.seq_len, settings.batch)
     newest = checkpoint.Checkpoints(session.folder / "checkpoints").newest(stage.name) if session.resume else None
     session.progress.stage(stage.name, settings.tokens, newest.state["tokens"] if newest else 0)
@@ -141,26 +165,40 @@ def _carry_out(session: Session, stage: Any, start: Path | None, stopped: Callab
             should_stop=stopped,
         ),
         deadline=session.deadline,
+        engine=engine,
     )
     session.progress.done()
     session.results.append(result)
     if result.status != "complete":
         return False
+    for layer, module in placed.items():
+        engine.collect(
+            module, session.mixers[layer] if isinstance(stage, MatrixStage | AlignStage) else session.student
+        )
+    engine.world.first(lambda: _after(session, stage))
+    return True
+
+
+def _after(session: Session, stage: Any) -> None:
+    """What rank 0 does when a stage is complete."""
+    write_manifest(session.folder, complete=False)
     if isinstance(stage, MatrixStage | AlignStage):
         _measure_assembled(session, stage.name)
     if isinstance(stage, AlignStage):
         fill_aligned(session, stage, partial(_source, session))
-    return True
 
 
 def _calibrate(session: Session, stage: CalibrateStage, stopped: Callable[[], bool]) -> bool:
-    result = calibrate(session, stage, partial(_source, session), stopped)
+    world = session.engine.world
+    result = world.first(lambda: calibrate(session, stage, partial(_source, session), stopped))
+    for mixer in session.mixers.values():
+        world.share(mixer)
     if result is None:
         return True
     session.results.append(result)
     if result.status != "complete":
         return False
-    _measure_assembled(session, stage.name)
+    world.first(lambda: _measure_assembled(session, stage.name))
     return True
 
 
@@ -177,6 +215,7 @@ def _source(session: Session, stage: Any, seq_len: int, batch: int) -> Source:
 
 
 def _tell(session: Session, record: dict[str, Any]) -> None:
+    beat(record["stage"])
     session.progress.update(record["tokens"], loss=record["loss"])
     session.track(record)
 
@@ -192,7 +231,10 @@ def _transfer(session: Session, start: Path | None) -> None:
     report: dict[str, Any] = {str(layer): entry.to_dict() for layer, entry in reports.items()}
     if start is not None:
         report = _take_mixers(session, start, report)
-    files.write_json(session.folder / "transfer.json", report)
+    world = session.engine.world
+    for mixer in session.mixers.values():
+        world.share(mixer)
+    world.first(lambda: files.write_json(session.folder / "transfer.json", report))
     counts = {kind: sum(r.parameters[kind] for r in reports.values()) for kind in ("copied", "derived", "new")}
     session.progress.note(
         "transfer: " + ", ".join(f"{number:,} parameters {kind}" for kind, number in counts.items() if number)
@@ -200,7 +242,7 @@ def _transfer(session: Session, start: Path | None) -> None:
     for note in dict.fromkeys(note for entry in reports.values() for note in entry.notes):
         session.progress.note(note)
     if start is None:
-        _measure_assembled(session, "transfer")
+        world.first(lambda: _measure_assembled(session, "transfer"))
 
 
 def _take_mixers(session: Session, start: Path, report: dict[str, Any]) -> dict[str, Any]:
@@ -261,52 +303,60 @@ def _assembled_fidelity(session: Session, seq_len: int | None = None) -> dict[st
     return measure(student, session.teacher.model, batches, device)
 
 
-def _align_losses(session: Session, settings: StageSettings, batch: Batch) -> tuple[dict[str, torch.Tensor], int]:
+def _align_losses(
+    teacher: Teacher, mixers: dict[int, Any], settings: StageSettings, batch: Batch
+) -> tuple[dict[str, torch.Tensor], int]:
     """Sums of a batch's align losses, and over how many tokens."""
     loss, precision = str(settings.loss), settings.precision
-    return align_step(session.teacher, session.mixers, batch, 1, loss, precision, backward=False), batch.tokens
+    return align_step(teacher, mixers, batch, 1, loss, precision, backward=False), batch.tokens
 
 
-def _matrix_losses(session: Session, settings: StageSettings, batch: Batch) -> tuple[dict[str, torch.Tensor], int]:
+def _matrix_losses(
+    teacher: Teacher, mixers: dict[int, Any], settings: StageSettings, batch: Batch
+) -> tuple[dict[str, torch.Tensor], int]:
     """Sums of a batch's matrix losses, and over how many rows."""
-    precision = settings.precision
-    return matrix_step(session.teacher, session.mixers, batch, 1, precision, backward=False), matrix_rows(batch)
+    return matrix_step(teacher, mixers, batch, 1, settings.precision, backward=False), matrix_rows(batch)
 
 
 def _layer_evaluation(
-    session: Session, settings: StageSettings, losses: Callable[..., tuple[dict[str, torch.Tensor], int]]
+    session: Session,
+    teacher: Teacher,
+    mixers: dict[int, Any],
+    settings: StageSettings,
+    losses: Callable[..., tuple[dict[str, torch.Tensor], int]],
 ) -> Callable[[], dict[str, Any]] | None:
     """Held-out losses per layer; `score` is their mean. With `eval.assembled` the student's fidelity too."""
     if not len(session.corpus.valid):
         return None
-    device = next(session.teacher.model.parameters()).device
+    device = session.engine.world.device
 
     def evaluate() -> dict[str, Any]:
         sums: dict[str, torch.Tensor] = {}
         total = 0
         for batch, _ in eval_set(session, session.recipe.eval.tokens, settings.seq_len):
-            made, counted = losses(session, settings, batch.to(device))
+            made, counted = losses(teacher, mixers, settings, batch.to(device))
             total += counted
             for name, value in made.items():
                 sums[name] = sums.get(name, torch.zeros(())) + value.cpu()
         values = {name: float(value) / total for name, value in sums.items()}
         found = {"score": values.pop("loss"), "losses": values}
-        if session.recipe.eval.assembled:
+        if session.recipe.eval.assembled and not session.engine.sharded:
             found["assembled"] = _assembled_fidelity(session, settings.seq_len)
         return found
 
     return evaluate
 
 
-def _glue_evaluation(session: Session, settings: StageSettings) -> Callable[[], dict[str, Any]] | None:
+def _glue_evaluation(
+    session: Session, teacher: Teacher, student: Any, settings: StageSettings
+) -> Callable[[], dict[str, Any]] | None:
     """Fidelity on held-out text; `score` is the KL to the teacher."""
     if not len(session.corpus.valid):
         return None
 
     def evaluate() -> dict[str, Any]:
-        device = next(session.student.parameters()).device
         batches = eval_set(session, session.recipe.eval.tokens, settings.seq_len)
-        value = measure(session.student, session.teacher.model, batches, device)
+        value = measure(student, teacher.model, batches, session.engine.world.device)
         return {"score": value["kl"], **value}
 
     return evaluate
@@ -374,6 +424,7 @@ def _finish(session: Session) -> dict[str, Any]:
     )
     files.write_text(folder / "result.txt", text + "\n")
     files.write_json(folder / "result.json", result)
+    write_manifest(folder, complete=True)
     return result | {"table": text}
 
 

@@ -322,6 +322,23 @@ class LoraSection(Section):
     )
 
 
+class TeacherLogitsSection(Section):
+    """The teacher's likeliest tokens at every counted position, kept on the disk and read in place of its forward."""
+
+    top_k: int = Field(
+        default=64, ge=1, le=2**20, description="tokens kept per position; all others count as one outcome"
+    )
+    dtype: Literal["float16", "float32"] = Field(default="float16", description="of the log-probabilities")
+    temperature: float | None = Field(
+        default=None, gt=0, le=100, description="that the logits are divided by; the stage's, and no other"
+    )
+    dir: str | None = Field(
+        default=None,
+        min_length=1,
+        description="folder of caches, or one of them; teacher-logits beside the run folder if null",
+    )
+
+
 class GlueStage(TrainingStage):
     """The student as a whole learns the teacher's predictions."""
 
@@ -341,6 +358,9 @@ class GlueStage(TrainingStage):
         "needs the extra relinear[lora]",
     )
     lora: LoraSection | None = Field(default=None, description="with train: lora, the adapters; its defaults if null")
+    teacher_logits: TeacherLogitsSection | None = Field(
+        default=None, description="learn from a cache of the teacher's logits, made where it is not there; null runs it"
+    )
 
 
 class ExtendStage(GlueStage):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,15 +14,20 @@ from .. import __version__
 from ..distill import checkpoint, run_folder
 from ..distill.data.corpus import Corpus, open_corpus
 from ..distill.data.windows import eval_batches
+from ..distill.digest import teacher_fingerprint
+from ..distill.engine import Engine, open_engine
 from ..distill.errors import MachineError, UserError
+from ..distill.lock import RunLock
 from ..distill.lora import require_peft
 from ..distill.stage import StageResult
 from ..distill.teacher import Teacher, load_teacher
+from ..distill.watchdog import beat
 from . import loader
 from .layers import LayerMap
 from .plan import layer_map, window
 from .schema import EMBEDDED, Recipe, TrainingStage
 from .teacher_config import locate
+from .trackers import Trackers, open_trackers, require_trackers
 
 
 class Progress(Protocol):
@@ -70,7 +75,9 @@ class Session:
         progress: whom to tell.
         resume: the folder may hold this run already.
         deadline: `time.monotonic()` at which to stop, or None.
-        track: sends a step's metrics to the tracker that the recipe names.
+        track: sends a step's metrics to the trackers that the recipe names.
+        lock: on the folder; `close` lets go of it. Of several ranks rank 0 has it.
+        engine: what stages run on.
         mixers: by layer, once transferred.
         taken: layers whose mixers came trained from another run.
         student: once assembled.
@@ -86,12 +93,26 @@ class Session:
     progress: Progress
     resume: bool = False
     deadline: float | None = None
-    track: Callable[[dict[str, Any]], None] = lambda record: None
+    track: Trackers = field(default_factory=lambda: Trackers([], lambda text: None))
+    lock: RunLock | None = None
+    engine: Engine = field(default_factory=Engine)
     mixers: dict[int, Any] = field(default_factory=dict)
     taken: set[int] = field(default_factory=set)
     student: Any = None
     results: list[StageResult] = field(default_factory=list)
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def close(self) -> None:
+        """The work in the folder is over, for now: another process may begin."""
+        self.track.close()
+        if self.lock is not None:
+            self.lock.release()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def open_session(
@@ -106,9 +127,13 @@ def open_session(
     for stage in recipe.stages:
         if getattr(stage, "train", None) == "lora":
             require_peft(f"stages.{stage.name}.train")
+    require_trackers(recipe)
     if recipe.engine.threads is not None:
         torch.set_num_threads(recipe.engine.threads)
-    device = _device(recipe.engine.device)
+    asked = recipe.engine
+    engine = open_engine(asked.parallel, pick_device(asked.device), asked.offload, asked.offload_dir)
+    world, device = engine.world, engine.home
+    progress = progress if world.main else Silent()
     source = recipe.teacher.model
     teacher = load_teacher(locate(source), recipe.teacher.revision, recipe.teacher.dtype, device)
     layers = layer_map(recipe, teacher.num_layers)
@@ -123,6 +148,7 @@ def open_session(
             "folder": str(teacher.folder.resolve()),
             "revision": teacher.revision,
             "family": teacher.family.name,
+            "fingerprint": teacher_fingerprint(teacher.folder),
         },
         "layers": {str(layer): list(value) for layer, value in layers.converted.items()},
         "kept_attention": layers.attention,
@@ -131,48 +157,49 @@ def open_session(
         "environment": checkpoint.environment(),
         "relinear": __version__,
     }
-    held = run_folder.claim(folder, record, loader.dump(recipe), resume=resume)
-    if resume and not held:
-        progress.note(f"{folder}: holds no run yet; starting it")
-    progress.note(
-        f"teacher {source}: {teacher.family.name}, {teacher.num_layers} layers, context {teacher.context}, "
-        f"{sum(p.numel() for p in teacher.model.parameters()):,} parameters, {recipe.teacher.dtype} on {device}"
-    )
-    progress.note(f"layers {layers.drawing}: {len(layers.converted)} converted, {len(layers.kept)} kept")
-    if layers.changes and layers.kept:
-        progress.note(f"kept attention from glue on: {layers.changes}")
-    said = window(recipe.data.seq_len, teacher.context)[1]
-    if said:
-        progress.note(f"data.seq_len {said}")
-    corpus = _open_data(recipe, teacher, folder)
-    hours = recipe.max_hours if max_hours is None else max_hours
-    deadline = None if hours is None else time.monotonic() + 3600 * hours
-    return Session(recipe, folder, teacher, layers, corpus, progress, resume, deadline, _tracker(recipe, folder))
-
-
-def _tracker(recipe: Recipe, folder: Path) -> Callable[[dict[str, Any]], None]:
-    """Metrics to Weights & Biases where the recipe names a project; metrics.jsonl is written in any case."""
-    if recipe.track.wandb is None:
-        return lambda record: None
+    locks: list[RunLock] = []
+    world.first(lambda: locks.append(run_folder.take(folder)))
     try:
-        import wandb  # pyright: ignore[reportMissingImports]  (an extra)
-    except ImportError:
-        raise MachineError(
-            "track.wandb: the package wandb is not installed. Install it: pip install 'relinear[wandb]', or write "
-            "track.wandb=null"
-        ) from None
-    made = wandb.init(
-        project=recipe.track.wandb, name=folder.name, id=folder.name, resume="allow", config=recipe.to_dict()
-    )
-    skipped = ("stage", "fraction", "seconds_left")
+        for lock in locks:
+            if lock.unsupported:
+                progress.note(
+                    f"warning: {folder}: no locks here ({lock.unsupported}); see to it that one run alone uses it"
+                )
+        held = world.first(lambda: run_folder.claim(folder, record, loader.dump(recipe), resume=resume))
+        if resume and not held:
+            progress.note(f"{folder}: holds no run yet; starting it")
+        progress.note(
+            f"teacher {source}: {teacher.family.name}, {teacher.num_layers} layers, context {teacher.context}, "
+            f"{sum(p.numel() for p in teacher.model.parameters()):,} parameters, {recipe.teacher.dtype} on {device}"
+        )
+        if world.size > 1:
+            progress.note(f"engine {engine.name}: {world.size} processes on {world.device.type}")
+        progress.note(f"layers {layers.drawing}: {len(layers.converted)} converted, {len(layers.kept)} kept")
+        if layers.changes and layers.kept:
+            progress.note(f"kept attention from glue on: {layers.changes}")
+        said = window(recipe.data.seq_len, teacher.context)[1]
+        if said:
+            progress.note(f"data.seq_len {said}")
+        if recipe.data.source == EMBEDDED:
+            world.first(lambda: bool(embedded_text(folder)))
+        corpus = open_data(recipe, teacher, folder)
+        hours = recipe.max_hours if max_hours is None else max_hours
+        deadline = None if hours is None else time.monotonic() + 3600 * hours
+        track = open_trackers(recipe, folder, progress.note) if world.main else Trackers([], progress.note)
+        lock = locks[0] if locks else None
+        return Session(recipe, folder, teacher, layers, corpus, progress, resume, deadline, track, lock, engine)
+    except BaseException:
+        for lock in locks:
+            lock.release()
+        raise
 
-    def log(record: dict[str, Any]) -> None:
-        made.log({f"{record['stage']}/{key}": value for key, value in record.items() if key not in skipped})
 
-    return log
+def pick_device(asked: str) -> str:
+    """`cpu` or `cuda`, for `engine.device`.
 
-
-def _device(asked: str) -> str:
+    Raises:
+        MachineError: a GPU is asked for, and there is none.
+    """
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if asked == "cuda" and not torch.cuda.is_available():
@@ -180,14 +207,19 @@ def _device(asked: str) -> str:
     return asked
 
 
-def _open_data(recipe: Recipe, teacher: Teacher, folder: Path) -> Corpus:
+def embedded_text(folder: Path) -> Path:
+    """The toy text, written below a folder."""
+    from .embedded.corpus import write_text
+
+    return write_text(folder / "text" / "embedded.txt")
+
+
+def open_data(recipe: Recipe, teacher: Teacher, folder: Path) -> Corpus:
     """The corpus that the recipe names."""
     data = recipe.data
     source = data.source
     if source == EMBEDDED:
-        from .embedded.corpus import write_text
-
-        source = str(write_text(folder / "text" / "embedded.txt"))
+        source = str(folder / "text" / "embedded.txt")
     share = data.valid if isinstance(data.valid, float) else 0.0
     corpus = open_corpus(
         tokenizer=teacher.tokenizer,
@@ -206,4 +238,6 @@ def _open_data(recipe: Recipe, teacher: Teacher, folder: Path) -> Corpus:
 def eval_set(session: Session, tokens: int, seq_len: int | None = None) -> Iterator[Any]:
     """Held-out batches of about `tokens` tokens: whole documents, in windows of min(context, seq_len)."""
     size = window(session.recipe.data.seq_len, session.teacher.context)[0] if seq_len is None else seq_len
-    return eval_batches(session.corpus.valid.head(tokens), size, 8)
+    for batch in eval_batches(session.corpus.valid.head(tokens), size, 8):
+        beat("the evaluation")
+        yield batch

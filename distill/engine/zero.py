@@ -27,16 +27,15 @@ from deepspeed.utils import (  # pyright: ignore[reportMissingImports]
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
-    set_z3_leaf_modules,
 )
 from torch import Tensor, nn
 
-from ...mixers.base import Mixer
 from .base import Engine, MakeOptimizer
 from .ddp import check_ranks
 from .world import World
 
 if TYPE_CHECKING:
+    from ...mixers.base import Mixer
     from ..stage import Group, Stage
     from ..teacher import Teacher
 
@@ -55,6 +54,7 @@ class Zero(Engine):
         self.sharded = stage == 3
         self.offload = offload
         self.offload_dir = offload_dir
+        self.persist = 100_000  # elements up to which a weight stays whole once gathered, DeepSpeed's own default
         self.wrapper: Any = None
         self.owners: dict[str, int] = {}
         self.parameters: dict[str, nn.Parameter] = {}
@@ -78,6 +78,10 @@ class Zero(Engine):
             return teacher
         if self._teacher is None or self._teacher[0] is not teacher:
             placed = replace(teacher, model=copy.deepcopy(teacher.model).to(self.world.device), whole=True)
+            head = placed.model.get_output_embeddings()
+            if head is not None and head.weight is placed.model.get_input_embeddings().weight:
+                # Glue multiplies by the head, which DeepSpeed's hooks on the backbone know nothing of.
+                head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
             config = self._config(None)
             config["zero_optimization"].pop("offload_optimizer", None)
             deepspeed.initialize(model=placed.backbone, config=config)
@@ -111,8 +115,6 @@ class Zero(Engine):
         if stage.whole is None:
             self.owners = {group.name: number % self.world.size for number, group in enumerate(stage.groups)}
             return self.optimizer
-        if self.sharded:
-            set_z3_leaf_modules(stage.whole, list({type(m) for m in stage.whole.modules() if isinstance(m, Mixer)}))
         self.wrapper, self.optimizer, _, _ = deepspeed.initialize(
             model=stage.whole, optimizer=self.optimizer, config=self._config(clip)
         )
@@ -121,6 +123,10 @@ class Zero(Engine):
             heads = {student.get_output_embeddings().weight, student.get_input_embeddings().weight}
             for weight in heads:
                 deepspeed.zero.register_external_parameter(stage.whole, weight)
+            # Some of a mixer's modules hold weights that the mixer itself multiplies by: they are gathered for it.
+            for mixer in student.mixers().values():
+                for parameter in mixer.parameters():
+                    deepspeed.zero.register_external_parameter(mixer, parameter)
         return self.optimizer
 
     def end(self) -> None:
@@ -287,7 +293,7 @@ class Zero(Engine):
     def _config(self, clip: float | None) -> dict[str, Any]:
         zero: dict[str, Any] = {"stage": self.stage, "contiguous_gradients": True, "overlap_comm": False}
         if self.stage == 3:
-            zero |= {"stage3_gather_16bit_weights_on_model_save": False}
+            zero["stage3_param_persistence_threshold"] = self.persist
         if self.offload != "none":
             place: dict[str, Any] = {"device": self.offload, "pin_memory": self.world.device.type == "cuda"}
             if self.offload == "nvme":

@@ -63,6 +63,8 @@ def main() -> None:
     given = parser.parse_args()
     torch.use_deterministic_algorithms(True)
     engine = open_engine(given.engine)
+    if hasattr(engine, "persist"):
+        engine.persist = 0  # at this size all weights would stay whole
     world = engine.world
     teacher = load_teacher(given.teacher)
     plan: Any = {layer: (given.mixer, {}) for layer in range(teacher.num_layers)}
