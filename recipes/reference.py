@@ -23,6 +23,7 @@ from .schema import (
     Recipe,
     SpikeSection,
     Stage,
+    TeacherLogitsSection,
     TrainingStage,
 )
 
@@ -179,6 +180,8 @@ def _stages() -> str:
         if kind == "glue":
             parts.append(_table("loss of glue and extend", LossWeights, list(LossWeights.model_fields)))
             parts.append(_table("lora of glue and extend", LoraSection, list(LoraSection.model_fields)))
+            fields = list(TeacherLogitsSection.model_fields)
+            parts.append(_table("teacher_logits of glue and extend", TeacherLogitsSection, fields))
         if kind == "extend":
             parts.append("All other keys are those of `glue`.\n")
     return "\n".join(parts)

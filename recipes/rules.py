@@ -134,7 +134,26 @@ def _settings(settings: Any) -> list[tuple[str, str]]:
         found.append(("micro_batch", f"{micro} does not divide batch, which is {batch}"))
     if _given(settings, "lora") and settings.get("train") != "lora":
         found.append(("lora", "adapters train with train: lora only; write that too, or remove this"))
+    found += [("teacher_logits", message) for message in _teacher_logits(settings)]
     lr, final = settings.get("lr"), settings.get("lr_final")
     if isinstance(lr, int | float) and isinstance(final, int | float) and final > lr:
         found.append(("lr_final", f"{final} is higher than lr, which is {lr}; learning rates fall"))
+    return found
+
+
+def _teacher_logits(settings: dict[str, Any]) -> list[str]:
+    """What a cache of the teacher's logits cannot give."""
+    cache, loss = settings.get("teacher_logits"), settings.get("loss")
+    if not isinstance(cache, dict):
+        return []
+    found = []
+    weights = loss if isinstance(loss, dict) else {"kl": 1.0}
+    for term, needs in (("reverse_kl", "its logits of every token"), ("align", "its layers")):
+        if weights.get(term):
+            found.append(f"a cache does not hold what loss.{term} needs, {needs}; write {term}: 0, or remove this")
+    if not weights.get("kl"):
+        found.append("loss.kl is 0, so nothing would be read from it; give kl a weight, or remove this")
+    kept, temperature = cache.get("temperature"), settings.get("temperature", 1.0)
+    if isinstance(kept, int | float) and isinstance(temperature, int | float) and kept != temperature:
+        found.append(f"kept at temperature {kept:g}, the stage's is {temperature:g}; write the same, or leave it out")
     return found

@@ -11,6 +11,7 @@ import pytest
 from relinear.distill.errors import UserError
 from relinear.recipes import costs, loader, teacher_config
 from relinear.recipes import plan as planner
+from relinear.recipes.units import format_bytes
 
 QWEN_7B = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -358,3 +359,15 @@ def test_wrong_gpu_and_share(folder):
         made(folder(TINY), gpu="H99")
     with pytest.raises(UserError, match="--mfu 2"):
         made(folder(TINY), mfu=2.0)
+
+
+def test_a_cache_of_logits_is_counted(folder):
+    changes = ["stages.glue.teacher_logits.top_k=8", "stages.glue.loss={kl: 1.0}", "stages.glue.seq_len=64"]
+    changes += ["stages.glue.tokens=64000", "stages.glue.batch=10"]
+    plain, cached = (made(folder(TINY), *given) for given in (changes[1:], changes))
+    note = next(note for note in cached.notes if note.startswith("glue: a cache"))
+    # 1,000 rows of 63 counted positions: 8 ids of two bytes, 8 values of two, and the tail's four; 12 bytes a row.
+    assert f"takes {format_bytes((63 * 36 + 12) * 1000)} on the disk" in note
+    assert not [note for note in plain.notes if "cache of the teacher" in note]
+    assert cached.stage("glue").flops < plain.stage("glue").flops
+    assert cached.stage("glue").memory["teacher"] == 0 < plain.stage("glue").memory["teacher"]
