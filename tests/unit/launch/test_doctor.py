@@ -29,9 +29,11 @@ def test_every_recurrence_has_a_row(capsys, root):
 
 def test_doctor_tells_an_error_and_does_not_end_in_it(monkeypatch, capsys):
     monkeypatch.setenv("RELINEAR_KERNELS", "flash")
-    assert cli.main(["doctor", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["kernels"]
-    assert all(row["train"] == "error" and "'flash' is none of auto" in row["why"] for row in rows)
+    assert cli.main(["doctor", "--json"]) == 3
+    found = json.loads(capsys.readouterr().out)
+    assert all(row["train"] == "error" and "'flash' is none of auto" in row["why"] for row in found["kernels"])
+    (check,) = [check for check in found["checks"] if check["state"] == "failure"]
+    assert check["name"] == "kernels" and "'flash' is none of auto" in check["found"] and check["fix"]
 
 
 def test_choices_are_shown_while_a_command_runs_and_not_after(monkeypatch, capsys):
