@@ -30,9 +30,9 @@ def logits_note(stage: Any, seq_len: int, vocab: int) -> list[str]:
     kept = stage.teacher_logits
     each = sizes.position_bytes(kept.top_k, kept.dtype, vocab)
     return [
-        f"{stage.name}: a cache of the teacher's logits takes {format_bytes(logits_bytes(stage, seq_len, vocab))} on the "
-        f"disk at most ({min(kept.top_k, vocab)} of {vocab} tokens, {each} bytes a position); where it is not there, the "
-        "teacher reads the stage's text once: relinear prepare makes it beforehand"
+        f"{stage.name}: a cache of the teacher's logits takes {format_bytes(logits_bytes(stage, seq_len, vocab))} on "
+        f"the disk at most ({min(kept.top_k, vocab)} of {vocab} tokens, {each} bytes a position); where it is not "
+        "there, the teacher reads the stage's text once: relinear prepare makes it beforehand"
     ]
 
 

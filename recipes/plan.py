@@ -361,28 +361,17 @@ def _stage(
             check_matrix(registry.spec(name), registry.spec(name).options.parse(values), layer, stage.name)
     settings = stage_settings(recipe, stage, teacher.context)
     length = settings["seq_len"]
-    key = "data.seq_len" if stage.seq_len is None else f"stages.{stage.name}.seq_len"
-    why = window(recipe.data.seq_len if stage.seq_len is None else stage.seq_len, teacher.context)[1]
-    if why:
-        notes.append(f"{key}: {why}")
     steps = math.ceil(stage.tokens / (stage.batch * length))
-    if stage.warmup >= steps:
-        notes.append(f"{stage.name}: warm-up takes {stage.warmup} of {steps} steps; lower stages.{stage.name}.warmup")
+    notes += _stage_notes(recipe, stage, teacher, length, steps, world)
     loss = getattr(stage, "loss", None)
     needs_teacher = stage.kind in costs.PER_LAYER or bool(
         loss and not isinstance(loss, str) and loss.kl + loss.reverse_kl + loss.align > 0
     )
     runs_teacher, needs_teacher = teacher_needs(recipe, stage, needs_teacher)
-    notes += logits_note(stage, length, teacher.config["vocab_size"])
     trained = counts.trained(stage.kind, getattr(stage, "train", ""))
     lora = settings.get("lora")
     if lora is not None:
         trained = costs.adapters(teacher, layers, lora["rank"], lora["targets"])
-    if stage.batch % world.size:
-        notes.append(
-            f"{stage.name}: {stage.batch} sequences cannot be shared by {world.size} ranks: the run would stop. Write "
-            f"stages.{stage.name}.batch={-(-stage.batch // world.size) * world.size}"
-        )
     align = not isinstance(loss, str | None) and loss.align > 0
     whole = costs.memory(
         teacher,
@@ -419,6 +408,25 @@ def _stage(
         world.size * costs.flops_per_second(gpu, mfu) / each if each else 0.0,
         tuple((rank, sum(memory.values())) for rank, memory in ranks),
     )
+
+
+def _stage_notes(
+    recipe: Recipe, stage: TrainingStage, teacher: TeacherConfig, length: int, steps: int, world: World
+) -> list[str]:
+    """What was derived for a stage, would stop it, or fills the disk."""
+    notes = []
+    key = "data.seq_len" if stage.seq_len is None else f"stages.{stage.name}.seq_len"
+    why = window(recipe.data.seq_len if stage.seq_len is None else stage.seq_len, teacher.context)[1]
+    if why:
+        notes.append(f"{key}: {why}")
+    if stage.warmup >= steps:
+        notes.append(f"{stage.name}: warm-up takes {stage.warmup} of {steps} steps; lower stages.{stage.name}.warmup")
+    if stage.batch % world.size:
+        notes.append(
+            f"{stage.name}: {stage.batch} sequences cannot be shared by {world.size} ranks: the run would stop. Write "
+            f"stages.{stage.name}.batch={-(-stage.batch // world.size) * world.size}"
+        )
+    return notes + logits_note(stage, length, teacher.config["vocab_size"])
 
 
 def _ranks(

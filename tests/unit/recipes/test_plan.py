@@ -370,4 +370,5 @@ def test_a_cache_of_logits_is_counted(folder):
     assert f"takes {format_bytes((63 * 36 + 12) * 1000)} on the disk" in note
     assert not [note for note in plain.notes if "cache of the teacher" in note]
     assert cached.stage("glue").flops < plain.stage("glue").flops
-    assert cached.stage("glue").memory["teacher"] == 0 < plain.stage("glue").memory["teacher"]
+    assert cached.stage("glue").memory["teacher"] == 0
+    assert plain.stage("glue").memory["teacher"] > 0
