@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ..distill.data.source import Source
 from ..distill.errors import UserError
 from ..distill.export import export
 from ..distill.glue import glue_stage
+from ..distill.logit_cache.store import CheckedSource
 from ..distill.loop import run_stage
 from ..distill.lora import load_student
 from ..distill.manifest import check_manifest, write_manifest
@@ -35,9 +37,10 @@ from ..eval.suite import recall_suite
 from ..eval.tables import Row, to_json, to_text
 from . import loader
 from .calibration import calibrate, fill_aligned
+from .logit_caches import open_stage_cache, teacher_aside, teacher_back
 from .plan import stage_settings
-from .schema import AlignStage, CalibrateStage, MatrixStage, Recipe, Stage, TransferStage
-from .session import Progress, Session, Silent, eval_set, open_session
+from .schema import AlignStage, CalibrateStage, GlueStage, MatrixStage, Recipe, TransferStage
+from .session import Progress, Session, Silent, eval_set, open_session, stage_source
 
 FINAL_TOKENS = 200_000
 """Held-out tokens of the measurement that ends a run, at most."""
@@ -132,6 +135,16 @@ def _carry_out(session: Session, stage: Any, start: Path | None, stopped: Callab
     if isinstance(stage, CalibrateStage):
         return _calibrate(session, stage, stopped)
     settings = StageSettings(**stage_settings(session.recipe, stage, session.teacher.context))
+    source = _source(session, stage, settings.seq_len, settings.batch)
+    newest = checkpoint.Checkpoints(session.folder / "checkpoints").newest(stage.name) if session.resume else None
+    cache = None
+    if isinstance(stage, GlueStage) and stage.teacher_logits is not None:
+        complete = newest is not None and newest.complete
+        name, cache = open_stage_cache(session, stage, settings, partial(_source, session), complete, stopped)
+        if name is None:
+            return False
+        settings = replace(settings, teacher_logits=name)
+        source = source if cache is None else CheckedSource(source, cache)
     engine = session.engine
     teacher = engine.place_teacher(session.teacher)
     placed: dict[Any, Any] = {}
@@ -146,27 +159,26 @@ def _carry_out(session: Session, stage: Any, start: Path | None, stopped: Callab
         if session.student is None:
             session.student = assemble(session.teacher, session.mixers, session.layers.attention)
         placed[0] = engine.place_student(session.student)
-        made = glue_stage(teacher, placed[0], settings, stage.name)
+        made = glue_stage(teacher, placed[0], settings, stage.name, cache)
         evaluate = _glue_evaluation(session, teacher, placed[0], settings)
-    source = _source(session, stage, settings.seq_len, settings.batch)
-    newest = checkpoint.Checkpoints(session.folder / "checkpoints").newest(stage.name) if session.resume else None
     session.progress.stage(stage.name, settings.tokens, newest.state["tokens"] if newest else 0)
-    result = run_stage(
-        made,
-        source,
-        settings,
-        folder=session.folder,
-        resume=session.resume,
-        after=session.results[-1].stage if session.results else None,
-        callbacks=Callbacks(
-            progress=lambda record: _tell(session, record),
-            message=session.progress.note,
-            evaluate=evaluate,
-            should_stop=stopped,
-        ),
-        deadline=session.deadline,
-        engine=engine,
-    )
+    with nullcontext() if cache is None else teacher_aside(teacher):
+        result = run_stage(
+            made,
+            source,
+            settings,
+            folder=session.folder,
+            resume=session.resume,
+            after=session.results[-1].stage if session.results else None,
+            callbacks=Callbacks(
+                progress=lambda record: _tell(session, record),
+                message=session.progress.note,
+                evaluate=evaluate,
+                should_stop=stopped,
+            ),
+            deadline=session.deadline,
+            engine=engine,
+        )
     session.progress.done()
     session.results.append(result)
     if result.status != "complete":
@@ -204,25 +216,13 @@ def _calibrate(session: Session, stage: CalibrateStage, stopped: Callable[[], bo
 
 def _source(session: Session, stage: Any, seq_len: int, batch: int) -> Source:
     """A stage's batches, from the first one on."""
-    return session.corpus.train(
-        seq_len=seq_len,
-        batch=batch,
-        # Each stage reads in its own order: the same first documents twice would count for more than others.
-        seed=_data_seed(session.recipe, stage),
-        pack=session.recipe.data.pack,
-        shuffle_buffer=session.recipe.data.shuffle_buffer,
-    )
+    return stage_source(session.recipe, session.corpus, stage, seq_len, batch)
 
 
 def _tell(session: Session, record: dict[str, Any]) -> None:
     beat(record["stage"])
     session.progress.update(record["tokens"], loss=record["loss"])
     session.track(record)
-
-
-def _data_seed(recipe: Recipe, stage: Stage) -> int:
-    base = recipe.seed if recipe.data.seed is None else recipe.data.seed
-    return base * 1009 + [s.name for s in recipe.stages].index(stage.name)
 
 
 def _transfer(session: Session, start: Path | None) -> None:
@@ -356,7 +356,8 @@ def _glue_evaluation(
 
     def evaluate() -> dict[str, Any]:
         batches = eval_set(session, session.recipe.eval.tokens, settings.seq_len)
-        value = measure(student, teacher.model, batches, session.engine.world.device)
+        with teacher_back(teacher, session.engine.world.device):
+            value = measure(student, teacher.model, batches, session.engine.world.device)
         return {"score": value["kl"], **value}
 
     return evaluate

@@ -13,6 +13,7 @@ import torch
 from .. import __version__
 from ..distill import checkpoint, run_folder
 from ..distill.data.corpus import Corpus, open_corpus
+from ..distill.data.source import Source
 from ..distill.data.windows import eval_batches
 from ..distill.digest import teacher_fingerprint
 from ..distill.engine import Engine, open_engine
@@ -233,6 +234,27 @@ def open_data(recipe: Recipe, teacher: Teacher, folder: Path) -> Corpus:
         valid_fraction=share,
     )
     return corpus
+
+
+def stage_source(recipe: Recipe, corpus: Corpus, stage: Any, seq_len: int, batch: int) -> Source:
+    """A stage's batches, from the first one on.
+
+    Args:
+        recipe: that the stage belongs to.
+        corpus: its data.
+        stage: one of its stages.
+        seq_len: window.
+        batch: sequences of a batch, over all ranks.
+    """
+    base = recipe.seed if recipe.data.seed is None else recipe.data.seed
+    return corpus.train(
+        seq_len=seq_len,
+        batch=batch,
+        # Each stage reads in its own order: the same first documents twice would count for more than others.
+        seed=base * 1009 + [s.name for s in recipe.stages].index(stage.name),
+        pack=recipe.data.pack,
+        shuffle_buffer=recipe.data.shuffle_buffer,
+    )
 
 
 def eval_set(session: Session, tokens: int, seq_len: int | None = None) -> Iterator[Any]:
