@@ -34,7 +34,7 @@ def check(raw: Any) -> list[tuple[Path, str]]:
     """Every broken rule as (path, message)."""
     if not isinstance(raw, dict):
         return []
-    return [*_layers(raw), *_attention(raw), *_data(raw), *_stages(raw)]
+    return [*_layers(raw), *_attention(raw), *_data(raw), *_stages(raw), *_stream(raw)]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -121,6 +121,29 @@ def _stages(raw: dict[str, Any]) -> list[tuple[Path, str]]:
                 found.append((("stages", i), f"{kind} cannot follow {last}; the order is {', '.join(ORDER)}"))
             last = kind
         found += [(("stages", i, kind, key), message) for key, message in _settings(settings)]
+    return found
+
+
+def _stream(raw: dict[str, Any]) -> list[tuple[Path, str]]:
+    """What goes with a teacher that is never whole in memory before glue."""
+    stages = raw.get("stages")
+    items = [next(iter(item.items())) for item in stages or [] if isinstance(item, dict) and len(item) == 1]
+    place = next((i for i, (kind, held) in enumerate(items) if kind == "align" and _given(held, "stream")), None)
+    if place is None:
+        return []
+    where: Path = ("stages", place, "align", "stream")
+    found: list[tuple[Path, str]] = []
+    for kind in ("calibrate", "matrix"):
+        if any(other == kind for other, _ in items):
+            found.append((where, f"{kind} needs the whole teacher in memory; remove that stage, or this"))
+    if sum(kind == "align" for kind, _ in items) > 1:
+        found.append((where, "the only align stage can be streamed, and there are several; leave one"))
+    engine, measured = raw.get("engine"), raw.get("eval")
+    if isinstance(engine, dict) and engine.get("parallel", "single") != "single":
+        message = "runs in single processes; write engine.parallel=single, and start more of them for stream.blocks"
+        found.append((where, message))
+    if isinstance(measured, dict) and measured.get("assembled") is True:
+        found.append((("eval", "assembled"), "needs the whole model in memory; write false beside a streamed align"))
     return found
 
 

@@ -38,6 +38,7 @@ from .fields import (
 )
 from .layers import FORMS, check_form
 from .schema_glue import LoraSection, LossWeights, TeacherLogitsSection
+from .stream_section import StreamSection
 from .units import COUNT_WORDS
 
 SCHEMA = 1
@@ -291,6 +292,9 @@ class AlignStage(TrainingStage):
     )
     train: Literal["all", "new"] = Field(
         default="all", description="what learns: all of the mixers, or only what attention did not have (LoLCATs)"
+    )
+    stream: StreamSection | None = Field(
+        default=None, description="for a teacher larger than memory; null has all of it in memory"
     )
 
 
