@@ -29,6 +29,7 @@ from .replay import Moment
 from .schedule import learning_rate
 from .spikes import Spikes, SpikeSettings
 from .stage import COSMETIC, Callbacks, Group, Stage, StageResult, StageSettings
+from .watchdog import beat
 
 __all__ = ["Callbacks", "Group", "Stage", "StageResult", "StageSettings", "run_stage"]
 
@@ -217,6 +218,7 @@ class _Run:
         self.stage.module.train()
         try:
             while self.tokens < settings.tokens:
+                beat(self.stage.name)
                 if self._stopping():
                     if self.committed is None or self.committed.step != self.step:
                         self._commit()
@@ -329,6 +331,7 @@ class _Run:
         size = self.settings.micro_batch or rows
         sums: dict[str, Tensor] = {}
         for start in range(0, rows, size):
+            beat()
             part = batch if size >= rows else batch.rows(start, min(start + size, rows))
             with self.engine.part(start + size >= rows):
                 for name, value in self.stage.step(part, counted).items():
@@ -502,6 +505,7 @@ class _Run:
     def _commit(self, result: StageResult | None = None, scheduled: bool = False) -> None:
         """One commit of everything; `result` marks the stage complete. A spike goes back to `scheduled` ones alone: an
         undisturbed run must have them too."""
+        beat(f"saving {self.stage.name}-{self.step}")
         rolls = self.spikes is not None and self.spikes.settings.action == "rollback"
         point = self.step if scheduled else None if self.point is None else self.point.step
         state: dict[str, Any] = {

@@ -34,6 +34,8 @@ _ENGINE = ("precision",)
 def take(folder: Path) -> RunLock:
     """Make a folder, where there is none, and lock it, before anything in it is read or written.
 
+    What a killed process left half-written, there and in the folders below, is cleared away.
+
     Raises:
         UserError: it holds other files than a run's, or another process works in it.
         MachineError: it cannot be made or written.
@@ -42,7 +44,11 @@ def take(folder: Path) -> RunLock:
         _check_empty(folder)
     with files.disk_guard(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    return RunLock(folder)
+    lock = RunLock(folder)
+    for place in [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]:
+        if place == folder or not (place / LOCK).exists():  # what another process may be at work in
+            files.clean_temporaries(place)
+    return lock
 
 
 def claim(folder: Path, record: dict[str, Any], recipe_text: str, *, resume: bool) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from relinear.distill import checkpoint
+from relinear.distill import checkpoint, replay
 from relinear.distill.data.batch import Batch
 from relinear.distill.errors import RunFailed, UserError
 from relinear.distill.files import read_metrics
@@ -133,6 +134,17 @@ def test_a_step_that_is_not_finite_is_kept_and_happens_again(source_of: Any, tmp
     model, _, _ = go(source_of(), tmp_path, {}, replace(SETTINGS, spike=None))
     straight, _, _ = go(source_of(), tmp_path / "straight", {}, replace(SETTINGS, spike=None))
     assert torch.equal(weight(model), weight(straight))
+
+
+def test_a_full_disk_does_not_hide_what_was_not_finite(
+    source_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(replay, "save_file", full)
+    with pytest.raises(RunFailed, match=r"the loss is not finite.*could be kept \(.*no space left on the disk"):
+        go(source_of(), tmp_path, {7: float("nan")})
 
 
 def test_what_is_no_replay_folder_is_said(tmp_path: Path) -> None:

@@ -1,0 +1,660 @@
+"""Runs survive: kill -9 at random moments, damaged and foreign files, full disks, dead and hung ranks, trackers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from relinear.distill import checkpoint, files, lock, manifest
+from relinear.distill.errors import MachineError, UserError
+from relinear.distill.teacher import load_model, load_teacher
+from relinear.launch.main import main
+from relinear.recipes import loader, runner
+
+KILLS = int(os.environ.get("RELINEAR_TEST_KILLS", "10"))
+"""Kills of each kill test; `RELINEAR_TEST_KILLS=200` is the full measure (docs/results/trust.md)."""
+
+SMALL = [
+    "stages.calibrate.tokens=1k",
+    "stages.align.tokens=3k",
+    "stages.glue.tokens=3k",
+    "stages.align.batch=4",
+    "stages.glue.batch=4",
+    "data.seq_len=64",
+    "eval.tokens=1k",
+    "save.every=600",
+    "eval.every=1k",
+]
+CHILD = Path(__file__).with_name("engine_child.py")
+
+
+@pytest.fixture(scope="module")
+def teacher(make_teacher: Any) -> Path:
+    return make_teacher("llama", num_hidden_layers=2)
+
+
+def arguments(teacher: Path, text: Path, out: Path, *changes: str) -> list[str]:
+    given = [f"teacher.model={teacher}", f"data.source={text}", *SMALL, *changes]
+    return ["run", "gated_deltanet", *given, "--out", str(out)]
+
+
+def recipe(teacher: Path, text: Path, out: Path, *changes: str) -> Any:
+    given = [f"teacher.model={teacher}", f"data.source={text}", f"save.dir={out}"]
+    return loader.load("gated_deltanet", [*given, *SMALL, *changes])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "export" / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what a clock or a process's memory says."""
+    clocks = ("tokens_per_second", "peak_memory")
+    lines = files.read_metrics(folder / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if key not in clocks} for line in lines]
+
+
+def flip(path: Path, place: int = -5) -> None:
+    """Change one bit of a file; its size and time stay."""
+    content, stat = bytearray(path.read_bytes()), path.stat()
+    content[place] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def errors(err: str) -> list[str]:
+    return [line for line in err.splitlines() if line.startswith("error: ")]
+
+
+@pytest.fixture(scope="module")
+def first(teacher: Path, story_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("runs") / "first"
+    runner.run(recipe(teacher, story_file, out))
+    return out
+
+
+# Kill -9 at random moments.
+
+
+def changes(alive: Callable[[], bool], folder: Path, count: int) -> bool:
+    """Wait until files below `folder` appeared, vanished or grew `count` times; False where the process ended first."""
+    before: dict[str, int] = {}
+    while alive():
+        now: dict[str, int] = {}
+        for place, _, names in os.walk(folder):
+            for name in names:
+                with contextlib.suppress(OSError):  # gone again
+                    now[f"{place}/{name}"] = os.stat(f"{place}/{name}").st_size
+        count -= now != before
+        if count <= 0:
+            return True
+        before = now
+        time.sleep(0.002)
+    return False
+
+
+class Forked:
+    """A command line run in a fork of this process, which has all modules loaded: a kill costs no start."""
+
+    def __init__(self, argv: list[str], log: Path) -> None:
+        self.log = log
+        self.code: int | None = None
+        self.pid = os.fork()
+        if self.pid:
+            return
+        try:
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+            code = main(argv)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except BaseException:
+            code = 99
+        os._exit(code)
+
+    def alive(self) -> bool:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+        return self.code is None
+
+    def kill(self) -> None:
+        if self.alive():
+            os.kill(self.pid, signal.SIGKILL)
+            _, status = os.waitpid(self.pid, 0)
+            self.code = os.waitstatus_to_exitcode(status)
+
+
+def disturb(process: Any, folder: Path, rng: random.Random, usual: float) -> None:
+    """Kill a process at a random time, or at a random change of its folder (which is while it saves)."""
+    if rng.random() < 0.5:
+        end = time.monotonic() + rng.uniform(0.0, usual)
+        while time.monotonic() < end and process.alive():
+            time.sleep(0.002)
+    else:
+        changes(process.alive, folder, rng.randint(1, 40))
+        time.sleep(rng.uniform(0, 0.02))
+    process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_random_moments_a_run_ends_in_the_same_bits(
+    first: Path, teacher: Path, story_file: Path, tmp_path: Path
+) -> None:
+    """The real command, killed again and again in every stage, while it saves, measures and exports, and resumed."""
+    began = time.monotonic()
+    assert main(arguments(teacher, story_file, tmp_path / "timed")) == 0
+    usual = time.monotonic() - began
+    rng = random.Random(5)
+    kills, ended, where = 0, 0, {}
+    while kills < KILLS:
+        out = tmp_path / f"run-{ended}"
+        for attempt in range(60):
+            process = Forked([*arguments(teacher, story_file, out), "--resume"], tmp_path / "log")
+            if attempt < 59 and kills < KILLS:
+                disturb(process, out, rng, usual)
+            while process.alive():
+                time.sleep(0.01)
+            if process.code != -signal.SIGKILL:
+                assert process.code == 0, process.log.read_text()
+                break
+            kills += 1
+            newest = checkpoint.Checkpoints(out / "checkpoints").newest() if (out / "checkpoints").is_dir() else None
+            place = "before any save" if newest is None else newest.stage + (" ended" if newest.complete else "")
+            where[place] = where.get(place, 0) + 1
+        assert same(weights(out), weights(first)), f"run {ended} after {kills} kills"
+        assert numbers(out) == numbers(first), f"run {ended} after {kills} kills"
+        assert manifest.check_manifest(out) == []
+        assert not [path for path in out.rglob("*") if files.is_temporary(path)]
+        shutil.rmtree(out)
+        ended += 1
+    print(f"\n{kills} kills in {ended} runs, newest save at the kill: {where}; {time.monotonic() - began:.0f} s")
+
+
+class Ranks:
+    """Two processes of the engine child."""
+
+    def __init__(self, engine: str, teacher: Path, folder: Path, count: int, log: Path) -> None:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        base = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        base |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, str(CHILD), engine, str(teacher), str(folder), "--resume"]
+        self.processes = []
+        for rank in range(count):
+            env = base | ({"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {})
+            with log.with_name(f"{log.name}-{rank}").open("wb") as output:
+                self.processes.append(subprocess.Popen(command, env=env, stdout=output, stderr=output))
+
+    def alive(self) -> bool:
+        return all(process.poll() is None for process in self.processes)
+
+    def kill(self, ranks: list[int] | None = None) -> None:
+        for rank in range(len(self.processes)) if ranks is None else ranks:
+            self.processes[rank].kill()
+
+    def codes(self, timeout: float = 120) -> list[int]:
+        return [process.wait(timeout) for process in self.processes]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """DDP with two processes, undisturbed, and the seconds that it took."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    began = time.monotonic()
+    assert Ranks("ddp", teacher, folder, 2, folder.parent / "log").codes() == [0, 0]
+    return folder, time.monotonic() - began
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_two_ranks_end_in_the_same_bits(
+    two_ranks: tuple[Path, float], teacher: Path, tmp_path: Path
+) -> None:
+    """One rank or both are killed, whichever it is; the one that is left ends by itself."""
+    straight, usual = two_ranks
+    rng = random.Random(7)
+    kills, ended, wanted = 0, 0, max(3, KILLS // 8)
+    while kills < wanted:
+        out = tmp_path / f"run-{ended}"
+        for attempt in range(40):
+            ranks = Ranks("ddp", teacher, out, 2, tmp_path / "log")
+            if attempt < 39 and kills < wanted:
+                time.sleep(rng.uniform(0.3, 1.0) * usual)
+                if ranks.alive():
+                    ranks.kill(rng.choice([[0], [1], [0, 1]]))
+            codes = ranks.codes()
+            if codes == [0, 0]:
+                break
+            assert -signal.SIGKILL in codes and 0 not in codes, (tmp_path / "log-0").read_text()
+            kills += 1
+        for stage in ("align", "glue"):
+            made, held = (checkpoint.Checkpoints(f / "checkpoints").require_complete(stage) for f in (out, straight))
+            assert same(made.weights(), held.weights()), f"run {ended} after {kills} kills, {stage}"
+        shutil.rmtree(out)
+        ended += 1
+    print(f"\n{kills} kills of two ranks in {ended} runs")
+
+
+def test_a_rank_that_dies_ends_the_other_and_harms_nothing(
+    two_ranks: tuple[Path, float], teacher: Path, tmp_path: Path
+) -> None:
+    straight, _ = two_ranks
+    ranks = Ranks("ddp", teacher, tmp_path / "run", 2, tmp_path / "log")
+    assert changes(ranks.alive, tmp_path / "run", 12)
+    ranks.kill([1])
+    codes = ranks.codes()
+    assert codes[1] == -signal.SIGKILL and codes[0] != 0
+    assert Ranks("ddp", teacher, tmp_path / "run", 2, tmp_path / "log").codes() == [0, 0]
+    for stage in ("align", "glue"):
+        made, held = (
+            checkpoint.Checkpoints(f / "checkpoints").require_complete(stage) for f in (tmp_path / "run", straight)
+        )
+        assert same(made.weights(), held.weights())
+
+
+# One run, one folder; what is in it is what was written.
+
+
+def test_two_runs_never_share_a_folder(
+    first: Path, teacher: Path, story_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with lock.RunLock(first):
+        code = "import sys; from relinear.launch.main import main; sys.exit(main(sys.argv[1:]))"
+        command = [sys.executable, "-c", code, *arguments(teacher, story_file, first), "--resume"]
+        assert subprocess.run(command, check=False).returncode == 2
+        said = errors(capfd.readouterr().err)
+        assert len(said) == 1 and f"in use by another run (process {os.getpid()} on {socket.gethostname()}" in said[0]
+        # Reading needs no lock.
+        assert main(["generate", str(first / "export"), "--prompt", "Once", "--max-new-tokens", "1"]) == 0
+    assert lock.holder(first) is None
+
+
+def test_a_finished_run_knows_its_files(first: Path, teacher: Path, story_file: Path, tmp_path: Path) -> None:
+    assert manifest.check_manifest(first) == []
+    listed = json.loads((first / manifest.MANIFEST).read_text())
+    assert listed["complete"] and {"run.json", "metrics.jsonl", "export/model.safetensors"} <= listed["files"].keys()
+    copy = tmp_path / "copy"
+    shutil.copytree(first, copy)
+    flip(copy / "export" / "model.safetensors")
+
+    class Listener(runner.Silent):
+        said: list[str] = []  # noqa: RUF012
+
+        def note(self, text: str) -> None:
+            self.said.append(text)
+
+    runner.run(recipe(teacher, story_file, copy), resume=True, progress=Listener())
+    assert [line for line in Listener.said if "export/model.safetensors: other content than when" in line]
+
+
+def test_a_flipped_byte_in_a_checkpoint_is_found_and_the_run_goes_on(
+    first: Path, teacher: Path, story_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+
+    class Stopper(runner.Silent):
+        def update(self, tokens: int, **metrics: float) -> None:
+            if tokens > 2000:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.01)
+
+    assert runner.run(recipe(teacher, story_file, out), progress=Stopper())["status"] == "stopped"
+    newest = checkpoint.Checkpoints(out / "checkpoints").newest("align")
+    assert newest is not None
+    flip(newest.path / "weights.safetensors")
+    capsys.readouterr()
+    assert main([*arguments(teacher, story_file, out), "--resume"]) == 0
+    said = capsys.readouterr().err
+    assert f"{newest.path.name}/weights.safetensors: other content than when it was saved" in said
+    assert same(weights(out), weights(first)) and numbers(out) == numbers(first)
+
+
+def test_a_swapped_teacher_is_found_before_any_work(teacher: Path, story_file: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    copy, out = tmp_path / "teacher", tmp_path / "run"
+    shutil.copytree(teacher, copy)
+    runner.run(recipe(copy, story_file, out), max_hours=0.0)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1.0
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"run: holds another run.*teacher\.fingerprint\.model\.safetensors was"):
+        runner.run(recipe(copy, story_file, out), resume=True)
+
+
+def test_a_truncated_teacher_shard_ends_before_work(
+    teacher: Path, story_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "teacher"
+    shutil.copytree(teacher, copy)
+    path = copy / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 100)
+    assert main(arguments(copy, story_file, tmp_path / "run")) == 2
+    said = errors(capsys.readouterr().err)
+    assert len(said) == 1 and str(path) in said[0] and "truncated" in said[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_changed_data_file_is_found_when_resuming(teacher: Path, story_file: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    shutil.copyfile(story_file, text)
+    out = tmp_path / "run"
+
+    class Stopper(runner.Silent):
+        def update(self, tokens: int, **metrics: float) -> None:
+            if tokens > 1500:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.01)
+
+    runner.run(recipe(teacher, text, out, "data.valid=0.2"), progress=Stopper())
+    text.write_text(text.read_text().replace("the", "a"))
+    with pytest.raises(UserError, match="data: the checkpoint was made with data"):
+        runner.run(recipe(teacher, text, out, "data.valid=0.2"), resume=True)
+
+
+# Disks.
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1.2 MB, where this user may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no permission to mount")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_is_full_ends_with_one_message_and_a_larger_one_goes_on(
+    first: Path, teacher: Path, story_file: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = small_disk / "run"
+    assert main(arguments(teacher, story_file, out)) == 3
+    said = errors(capsys.readouterr().err)
+    assert len(said) == 1 and "no space left on the disk" in said[0] and "--resume" in said[0]
+    assert (out / "run.json").exists()
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    assert main([*arguments(teacher, story_file, out), "--resume"]) == 0
+    assert same(weights(out), weights(first)) and numbers(out) == numbers(first)
+
+
+def test_a_read_only_disk_is_named(
+    teacher: Path, story_file: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert main(arguments(teacher, story_file, small_disk / "run")) == 3
+    said = errors(capsys.readouterr().err)
+    assert len(said) == 1 and "cannot be written (Read-only file system). Choose another folder" in said[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_files_that_may_not_grow_further_end_with_one_message(
+    first: Path, teacher: Path, story_file: Path, tmp_path: Path
+) -> None:
+    """RLIMIT_FSIZE: what a quota does, for any user."""
+    out = tmp_path / "run"
+    resource_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource_limit[1]))
+    try:
+        process = Forked(arguments(teacher, story_file, out), tmp_path / "log")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, resource_limit)
+    while process.alive():
+        time.sleep(0.05)
+    said = errors((tmp_path / "log").read_text())
+    assert process.code == 3 and len(said) == 1 and "no space left on the disk" in said[0]
+    assert main([*arguments(teacher, story_file, out), "--resume"]) == 0
+    assert same(weights(out), weights(first))
+
+
+# Hanging.
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_hung_step_ends_with_stacks_and_measuring_does_not(
+    first: Path, teacher: Path, story_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from relinear.distill import loop
+    from relinear.recipes import schema
+
+    assert schema.EngineSection().timeout >= 3600
+    held = {"seconds": 0.0}
+    step = loop._Run._one_step
+
+    def slow(self: Any) -> None:
+        if self.step == 4:
+            time.sleep(held["seconds"])
+        step(self)
+
+    monkeypatch.setattr(loop._Run, "_one_step", slow)
+    watched = runner.Watchdog
+    monkeypatch.setattr(runner, "Watchdog", lambda seconds, *more: watched(min(seconds, 3.0), *more))
+    held["seconds"] = 60.0
+    out = tmp_path / "run"
+    process = Forked(arguments(teacher, story_file, out), tmp_path / "log")
+    while process.alive():
+        time.sleep(0.05)
+    said = errors((tmp_path / "log").read_text())
+    assert process.code == 1 and len(said) == 1 and "has made no progress for" in said[0] and "in align" in said[0]
+    assert "in slow" in (out / "logs" / "hung-rank-0.txt").read_text()
+    held["seconds"] = 0.0
+    assert main([*arguments(teacher, story_file, out), "--resume"]) == 0
+    assert same(weights(out), weights(first))
+
+
+# Code and names from files.
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (os.mkdir, (str(self.path),))
+
+
+def test_a_pickle_beside_or_in_place_of_weights_is_not_executed(
+    first: Path, teacher: Path, story_file: Path, tmp_path: Path
+) -> None:
+    mark, copy = tmp_path / "executed", tmp_path / "teacher"
+    evil = pickle.dumps(Payload(mark))
+    shutil.copytree(teacher, copy)
+    for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "model.bin", "tokenizer.pkl"):
+        (copy / name).write_bytes(evil)
+    load_teacher(copy)
+    load_model(copy)
+    (copy / "model.safetensors").unlink()
+    for load in (load_teacher, load_model):
+        with pytest.raises(UserError, match=r"model\.safetensors: not found.*relinear reads safetensors"):
+            load(copy)
+    (copy / "model.safetensors").write_bytes(evil)
+    with pytest.raises(UserError, match=r"model\.safetensors: (truncated or corrupt|.*too short)"):
+        load_teacher(copy)
+    # In a run: every file of a checkpoint is one; the stage begins anew.
+    run = tmp_path / "run"
+    shutil.copytree(first, run)
+    for name in ("result.json", "manifest.json"):
+        (run / name).unlink()
+    for path in (run / "checkpoints").glob("*/*.safetensors"):
+        path.write_bytes(evil)
+    assert main([*arguments(teacher, story_file, run), "--resume"]) == 0
+    assert not mark.exists() and same(weights(run), weights(first))
+    assert os.mkdir  # the payload does work:
+    pickle.loads(evil)
+    assert mark.exists()
+
+
+def test_code_and_adapters_of_a_teacher_need_more_than_its_folder(teacher: Path, tmp_path: Path) -> None:
+    copy, mark = tmp_path / "teacher", tmp_path / "executed"
+    shutil.copytree(teacher, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "evil.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
+    config["auto_map"] = {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}
+    (copy / "config.json").write_text(json.dumps(config))
+    load_teacher(copy)  # a known family: its own code is transformers'
+    with pytest.raises(UserError, match=r"runs its own code.*--trust-remote-code"):
+        load_model(copy)
+    tokenizer = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(
+        json.dumps(tokenizer | {"auto_map": {"AutoTokenizer": ["evil.T", None]}})
+    )
+    with contextlib.suppress(UserError):
+        load_teacher(copy)
+    assert not mark.exists()
+    (copy / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "elsewhere"}))
+    with pytest.raises(UserError, match=r"adapter_config\.json: this folder holds an adapter"):
+        load_teacher(copy)
+
+
+def test_shards_outside_of_the_teachers_folder_are_refused(teacher: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "teacher"
+    shutil.copytree(teacher, copy)
+    (copy / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"index\.json: names the file '\.\./elsewhere\.safetensors'"):
+        load_teacher(copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        'stages=[{transfer: {}}, {align: {tokens: 1k, name: "../../away"}}]',
+        'stages=[{transfer: {}}, {align: {tokens: 1k, name: "a/b"}}]',
+        'stages=[{transfer: {}}, {calibrate: {name: "run"}}]',
+        'stages=[{transfer: {}}, {align: {tokens: 1k, name: "export"}}]',
+        'stages=[{transfer: {}}, {align: {tokens: 1k, name: "glue"}}]',
+        "track.wandb=../../away",
+        "publish.repo=../../away",
+        "publish.repo=a/b/c",
+        "layers.mixer=../../away",
+    ],
+)
+def test_names_in_a_recipe_never_lead_out_of_the_run_folder(teacher: Path, story_file: Path, change: str) -> None:
+    with pytest.raises(UserError):
+        recipe(teacher, story_file, Path("run"), change)
+
+
+# Trackers.
+
+
+@pytest.fixture
+def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A module in wandb's place, without `init` so far."""
+    import types
+
+    fake = types.ModuleType("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+class Talk(runner.Silent):
+    """A progress that remembers its notes."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.mark.parametrize("how", ["init raises", "log raises", "finish raises", "init hangs", "log hangs"])
+def test_trouble_with_wandb_never_stops_a_run(
+    first: Path, teacher: Path, story_file: Path, tmp_path: Path, fake_wandb: Any, how: str, monkeypatch: Any
+) -> None:
+    from relinear.recipes import trackers
+
+    what, does = how.split()
+
+    def trouble(*_: Any, **__: Any) -> Any:
+        if does == "raises":
+            raise ConnectionError("the server is down")
+        time.sleep(60)
+
+    class Run:
+        log = staticmethod(trouble if what == "log" else lambda record: None)
+        finish = staticmethod(trouble if what == "finish" else lambda: None)
+
+    fake_wandb.init = trouble if what == "init" else lambda **given: Run()
+    monkeypatch.setattr(trackers, "PATIENCE", 0.3)
+    talk = Talk()
+    began = time.monotonic()
+    result = runner.run(recipe(teacher, story_file, tmp_path / "run", "track.wandb=mine"), progress=talk)
+    assert result["status"] == "complete" and time.monotonic() - began < 60
+    said = [line for line in talk.said if line.startswith("wandb")]
+    assert len(said) == 1 and ("the server is down" if does == "raises" else "does not answer") in said[0]
+    assert "metrics.jsonl has everything" in said[0]
+    assert same(weights(tmp_path / "run"), weights(first)) and numbers(tmp_path / "run") == numbers(first)
+
+
+def test_wandb_itself_offline_gets_the_metrics_into_the_run_folder(
+    teacher: Path, story_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)
+    talk = Talk()
+    changed = ["track.wandb=mine", "track.wandb_mode=offline"]
+    code = "import sys; from relinear.launch.main import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *arguments(teacher, story_file, tmp_path / "run", *changed)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert not [line for line in done.stderr.splitlines() if line.startswith("wandb: ")], done.stderr
+    found = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(found) == 1 and b"align/loss" in found[0].read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"] and talk.said == []
+
+
+def test_tensorboard_gets_the_metrics(teacher: Path, story_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    runner.run(recipe(teacher, story_file, tmp_path / "run", "track.tensorboard=true"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    losses = [event.value for event in events.Scalars("align/loss")]
+    written = [line["loss"] for line in numbers(tmp_path / "run") if line["stage"] == "align" and "loss" in line]
+    assert losses[0] == pytest.approx(written[0]) and len(losses) >= len(written)
+
+
+def test_a_tracker_that_is_not_installed_is_said_before_any_work(
+    teacher: Path, story_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package, change in (("wandb", "track.wandb=mine"), ("tensorboard", "track.tensorboard=true")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(MachineError, match=rf"relinear\[{package}\]"):
+            runner.run(recipe(teacher, story_file, tmp_path / "run", change))
+    assert not (tmp_path / "run").exists()
