@@ -85,7 +85,7 @@ def test_dry_run_writes_nothing(llama2, story_file, tmp_path, capsys):
 
 def test_max_hours_stops_and_resume_finishes(llama2, story_file, tmp_path, capsys):
     arguments = ["run", "rwkv7", *given(llama2, story_file), *SMALL, "--out", str(tmp_path / "run")]
-    assert main([*arguments, "--max-hours", "1e-6", "--json"]) == 0
+    assert main([*arguments, "--max-hours", "1e-6", "--json"]) == 75
     out, err = capsys.readouterr()
     assert json.loads(out)["status"] == "stopped"
     assert err.rstrip().splitlines()[-1].endswith("--resume")

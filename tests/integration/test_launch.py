@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -135,6 +136,99 @@ def test_under_torchrun_a_mistake_is_said_once(given, tmp_path):
     assert done.stdout == "" and done.stderr.count("error: ") <= 1
     assert "stages.glue.tokns: unknown key" in done.stderr, "in torchrun's own summary at least"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_nodes_stop_together_and_go_on(given, undisturbed, tmp_path):
+    """Two launchers of one process each; the signal comes to one of them alone, as a preempted node gets it."""
+    out = tmp_path / "run"
+    nodes = start_nodes(given, out)
+    while steps(out) < 2 and nodes[0].poll() is None:
+        time.sleep(0.005)
+    nodes[1].send_signal(signal.SIGTERM)
+    said = [node.communicate(timeout=120) for node in nodes]
+    assert [node.returncode for node in nodes] == [75, 75], said
+    assert said[1][0] == "" and "stopped at step" in said[0][0]
+    assert "--nodes 2 --node-rank 0 --rendezvous 127.0.0.1:" in said[0][1] and "Next" not in said[1][1]
+    nodes = start_nodes(given, out, "--resume")
+    said = [node.communicate(timeout=300) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert {path.name for path in (out / "logs").iterdir()} >= {"rank-0.log", "rank-1.log"}
+    assert all(torch.equal(weights(out)[name], value) for name, value in weights(undisturbed).items())
+
+
+@pytest.mark.slow
+def test_a_node_that_fails_ends_the_others(given, tmp_path):
+    out = tmp_path / "run"
+    nodes = start_nodes(given, out)
+    while steps(out) < 2 and nodes[0].poll() is None:
+        time.sleep(0.005)
+    os.kill(child(nodes[1].pid, "1"), signal.SIGKILL)
+    said = [node.communicate(timeout=120)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [1, 1], said
+    assert "error: node 1 failed" in said[0] and said[0].count("error:") == 1
+    assert "error: rank 1: was killed by SIGKILL" in said[1]
+    assert "SIGKILL" in (out / "logs" / "failed-node-1.json").read_text()
+
+
+def start_nodes(given: list[str], out: Path, *more: str) -> list[subprocess.Popen[str]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    alone = [word if word != "2" else "1" for word in command(given, out, *more)]
+    commands = [[*alone, "--nodes", "2", "--node-rank", str(node), "--rendezvous", address] for node in (0, 1)]
+    return [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands
+    ]
+
+
+SRUN = """#!/bin/bash
+# One task per node, as Slurm starts them; signals go on to the tasks.
+while [[ "$1" == --* ]]; do shift; done
+SLURM_NODEID=0 "$@" & first=$!
+SLURM_NODEID=1 "$@" & second=$!
+trap 'kill -USR1 $first $second' USR1
+code=0
+for task in $first $second; do
+    while :; do
+        wait $task; ended=$?
+        kill -0 $task 2>/dev/null || break
+    done
+    wait $task; ended=$?
+    (( ended > code )) && code=$ended
+done
+exit $code
+"""
+
+
+@pytest.mark.slow
+def test_an_sbatch_file_runs_is_requeued_and_ends(given, undisturbed, tmp_path, monkeypatch):
+    """The file that `relinear slurm` writes, by bash, with real processes; srun and scontrol are stand-ins."""
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "run"
+    options = ["--nodes", "2", "--gpus-per-node", "0", "--nproc", "1", "--out", "job.sbatch"]
+    assert main(["slurm", *given, f"save.dir={out}", *options]) == 0
+    scripts = {
+        "srun": SRUN,
+        "scontrol": '#!/bin/bash\n[[ $1 == show ]] && printf "127.0.0.1\\nother\\n" || echo "$@" >> requeued\n',
+        "relinear": f"#!{sys.executable}\n{CODE}\n",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, text in scripts.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    slurm = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "x"}
+    job = subprocess.Popen(["bash", "job.sbatch"], env=os.environ | slurm, stderr=subprocess.PIPE, text=True)
+    while steps(out) < 2 and job.poll() is None:
+        time.sleep(0.005)
+    job.send_signal(signal.SIGUSR1)
+    _, err = job.communicate(timeout=120)
+    assert job.returncode == 75, err
+    assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
+    done = subprocess.run(["bash", "job.sbatch"], env=os.environ | slurm, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
+    assert all(torch.equal(weights(out)[name], value) for name, value in weights(undisturbed).items())
 
 
 def torchrun(arguments: list[str], module: str) -> subprocess.CompletedProcess[str]:
