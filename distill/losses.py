@@ -302,7 +302,7 @@ def _cached_terms(
     if not kl:
         return grad
     value, part = topk_terms(log_p, y, with_grad)
-    sums[0] += value * temperature**2
+    sums[0] += value.sum() * temperature**2
     if part is None:
         return grad
     part.mul_(kl * temperature)

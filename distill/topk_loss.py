@@ -75,7 +75,7 @@ def outcomes(logits: Tensor, k: int, temperature: float = 1.0) -> TopK:
 
 
 def topk_terms(log_p: Tensor, teacher: TopK, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """L summed over the positions, and its gradient p - r with respect to the logits that `log_p` is the softmax of.
+    """(n,) L at every position, and its gradient p - r with respect to the logits that `log_p` is the softmax of.
 
     Nothing overflows or becomes NaN where a tail is empty or the student gives it next to nothing: both parts of its
     gradient are exponentials of something negative.
@@ -90,8 +90,8 @@ def topk_terms(log_p: Tensor, teacher: TopK, with_grad: bool) -> tuple[Tensor, T
     log_tail = others.logsumexp(-1)
     q, q_tail = teacher.log_probs.exp(), teacher.log_tail.exp()
     # An outcome that the teacher gives no probability adds nothing, whatever the student gives it.
-    known = torch.where(q > 0, q * (teacher.log_probs - chosen), 0.0).sum()
-    tail = torch.where(q_tail > 0, q_tail * (teacher.log_tail - log_tail), 0.0).sum()
+    known = torch.where(q > 0, q * (teacher.log_probs - chosen), 0.0).sum(-1)
+    tail = torch.where(q_tail > 0, q_tail * (teacher.log_tail - log_tail), 0.0)
     if not with_grad:
         return known + tail, None
     shift = torch.where(q_tail > 0, log_tail - teacher.log_tail, torch.inf)

@@ -10,8 +10,9 @@ import typer
 
 from ...distill.errors import RunFailed, UserError
 from ...recipes.units import parse_count
-from ..bench_text import decode_text, methods_text, ops_text
+from ..bench_text import decode_text, methods_text, ops_text, train_text
 from ..output import data, data_json, next_command, only_talk, table, talk
+from . import bench_logits
 from .common import Json, check_source, examples
 
 if TYPE_CHECKING:
@@ -44,6 +45,13 @@ def register(parent: typer.Typer) -> None:
     )(ops)
     app.command(
         epilog=examples(
+            "relinear bench train",
+            "relinear bench train --case align --mixer all --repeats 3 --json",
+            then="relinear plan rwkv7 teacher.model=FOLDER data.source=FILE",
+        )
+    )(train)
+    app.command(
+        epilog=examples(
             "relinear bench decode runs/quickstart/all-linear/export --against embedded",
             "relinear bench decode DIR --lengths 1Ki,4Ki,32Ki --json",
             then="relinear eval DIR --against TEACHER --text FILE",
@@ -57,6 +65,7 @@ def register(parent: typer.Typer) -> None:
             then="relinear run methods/radlads teacher.model=FOLDER data.source=FILE",
         )
     )(methods)
+    bench_logits.register(app)
     parent.add_typer(app, name="bench")
 
 
@@ -153,6 +162,45 @@ def _counts(option: str, text: str, example: str, least: int = 1) -> tuple[int, 
     if found[0] < least:
         raise UserError(f"{option}: found {found[0]}, expected at least {least}. For example: {option} {example}")
     return tuple(found)
+
+
+def train(
+    case: Annotated[
+        str | None,
+        typer.Option("--case", metavar="NAME,…", help="Cases to measure; all by default.", show_default=False),
+    ] = None,
+    mixer: Annotated[str, typer.Option(metavar="NAME,…", help="Of the case align; all for every one.")] = "all",
+    layers: Annotated[int, typer.Option(min=1, help="Of the teacher; its width is 768.")] = 12,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 2,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 512,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns; both sides are timed once in each.")] = 5,
+    threads: Threads = 1,
+    json: Json = False,
+) -> None:
+    """Compare training with its limits, on a teacher of random weights.
+
+    align: tokens/s against the teacher's forward times its share of the FLOPs. glue: against a plain transformers step.
+    memory: what align holds, in layers' activations. ranks: two processes against one. loader: its share of the time.
+    """
+    from ...mixers import registry
+    from ...recipes.bench_train import CASES, Settings, failures, measure, names
+
+    cases = CASES if case is None else tuple(dict.fromkeys(part.strip() for part in case.split(",")))
+    if unknown := [name for name in cases if name not in CASES]:
+        raise UserError(f"--case: no case named {unknown[0]!r}. There are: {', '.join(CASES)}")
+    try:
+        chosen = names() if mixer == "all" else tuple(registry.resolve(part.strip()) for part in mixer.split(","))
+    except ValueError as error:
+        raise UserError(f"--mixer: {error}. See: relinear ls mixers") from None
+    settings = Settings(cases, chosen, layers=layers, batch=batch, seq_len=seq_len, repeats=repeats, threads=threads)
+    with only_talk():
+        result = measure(settings, progress=talk)
+    if json:
+        data_json(result)
+    else:
+        data(train_text(result))
+    for line in failures(result):
+        talk(f"missed: {line}")
 
 
 def decode(

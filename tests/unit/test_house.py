@@ -48,7 +48,7 @@ TORCH_FREE = {
 }
 TORCH_BOUND = {
     "recipes.calibration",
-    "recipes.logit_caches",
+    *("recipes.logit_caches", "recipes.bench_logits"),
     *(f"recipes.select.{name}" for name in ("run", "evaluate", "forward", "attention", "guided")),
     *("recipes.runner", "recipes.session", "recipes.quickstart", "recipes.embedded.train"),
     *("recipes.bench", "recipes.bench_ops", "recipes.bench_cases", "recipes.bench_steps"),
