@@ -34,7 +34,7 @@ class Job:
         storage: size of the claim that is made.
         mount: where the volume lies in the pod; the run's relative paths begin there.
         grace: seconds between SIGTERM and SIGKILL.
-        retries: how often a stopped or failed pod is started again.
+        retries: how often stopped or failed pods are started again.
         namespace: the user's own if None.
     """
 
@@ -113,7 +113,8 @@ def _job(job: Job) -> dict[str, Any]:
         "kind": "PyTorchJob",
         "metadata": _metadata(job, ""),
         "spec": {
-            "runPolicy": {"backoffLimit": job.retries, "cleanPodPolicy": "Running"},
+            # The operator adds the restarts of all pods up.
+            "runPolicy": {"backoffLimit": job.retries * job.nodes, "cleanPodPolicy": "Running"},
             "pytorchReplicaSpecs": replicas,
         },
     }

@@ -37,6 +37,7 @@ def test_the_three_objects_belong_together():
     assert replicas["Master"]["template"] == replicas["Worker"]["template"]
     # The operator counts exit codes below 128 as final under ExitCode; a stopped run's is 75.
     assert {replica["restartPolicy"] for replica in replicas.values()} == {"OnFailure"}
+    assert made["PyTorchJob"]["spec"]["runPolicy"]["backoffLimit"] == 300, "the pods' restarts count together"
     pod = replicas["Master"]["template"]["spec"]
     (container,) = pod["containers"]
     assert container["name"] == "pytorch" and container["ports"][0]["name"] == "pytorchjob-port"
