@@ -88,6 +88,17 @@ class RunLock:
         self.release()
 
 
+def check_free(folder: Path | str) -> None:
+    """Refuse a run folder that another process has, without taking it: before what takes long is loaded.
+
+    Raises:
+        UserError: as `RunLock` does.
+    """
+    path = (Path(folder) / LOCK).resolve()
+    if path not in _held and int(os.environ.get("RANK", "0")) == 0 and holder(folder) is not None:
+        raise UserError(_taken(path))
+
+
 def holder(folder: Path | str) -> dict[str, Any] | None:
     """Who has a run folder: `pid`, `host`, `since`; None where nobody does. Takes nothing, and needs no permission."""
     path = (Path(folder) / LOCK).resolve()

@@ -454,7 +454,9 @@ class _Run:
         with self._shown(), self.engine.shown(self.stage.module):
             values = self.callbacks.evaluate()
         self.stage.module.train()
-        self.log.append({"stage": self.stage.name, "step": self.step, "tokens": self.tokens, "eval": values})
+        line = {"stage": self.stage.name, "step": self.step, "tokens": self.tokens, "eval": values}
+        self.log.append(line)
+        self.callbacks.measured(line)
         score = values.get("score")
         if score is None or not math.isfinite(score) or (self.best and score >= self.best["score"]):
             return False

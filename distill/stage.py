@@ -143,12 +143,14 @@ class Callbacks:
     Attributes:
         progress: called after every step with the step's metrics, and `fraction` done and `seconds_left`.
         message: one line for a person.
+        measured: called with the line that an evaluation adds to metrics.jsonl.
         evaluate: () -> plain values; `score` among them, lower is better, decides the best step.
         should_stop: asked before every step; True commits and stops.
     """
 
     progress: Callable[[dict[str, Any]], None] = lambda record: None
     message: Callable[[str], None] = lambda text: None
+    measured: Callable[[dict[str, Any]], None] = lambda record: None
     evaluate: Callable[[], dict[str, Any]] | None = None
     should_stop: Callable[[], bool] = lambda: False
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from ..distill import files
 from ..distill.files import read_metrics
 from .tables import Row, bytes_name, context_name, count_name
 
@@ -331,8 +333,9 @@ def _figure(path: str | Path, width: float, height: float) -> Iterator[Any]:
     with matplotlib.rc_context(), style.context(["default", _STYLE]):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png", metadata={"Software": None})
+        drawn = BytesIO()
+        figure.savefig(drawn, format="png", metadata={"Software": None})
+        files.write_bytes(path, drawn.getvalue())
 
 
 def layer_scores(methods: Sequence[dict[str, Any]], path: str | Path, uniform: Sequence[int] = ()) -> Path:

@@ -10,6 +10,7 @@ from ..distill import files
 from ..distill.calibrate import CalibrateSettings, calibration_batches, run_calibrate, teacher_errors
 from ..distill.data.source import Source
 from ..distill.stage import Callbacks, StageResult
+from ..distill.watchdog import beat
 from ..eval.plots import calibration_errors
 from .plan import calibrate_settings
 from .schema import AlignStage, CalibrateStage
@@ -38,6 +39,7 @@ def calibrate(
     session.progress.stage(stage.name, settings.tokens)
 
     def tell(record: dict[str, Any]) -> None:
+        beat(stage.name)
         session.progress.update(record["tokens"], loss=record["loss"])
         session.track(record)
 

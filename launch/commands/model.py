@@ -284,16 +284,26 @@ def export(
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An exported checkpoint.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An exported checkpoint, or the run that it is of.")],
     json: Json = False,
 ) -> None:
     """Prove that a checkpoint works with transformers alone.
 
     In a fresh process, offline, from a moved folder, without relinear: loading, generation with and without cache,
-    padding, saving and training.
+    padding, saving and training. Of a run, first compare every file with the run's manifest.
     """
+    from ...distill.manifest import check_manifest
+    from ...distill.run_folder import RECORD
     from ...distill.verify import verify as work
 
+    if (folder / RECORD).exists():
+        problems = check_manifest(folder)
+        if problems:
+            raise RunFailed(
+                f"{folder}: {len(problems)} files are not as the run wrote them: {'; '.join(problems)}. To write the "
+                f"export again: relinear export {folder} --overwrite"
+            )
+        folder = folder / "export"
     with only_talk():
         result = work(folder)
     checks: dict[str, dict[str, Any]] = result["checks"]
