@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,21 +64,48 @@ def export(
     out = run / "export" if out is None else Path(out)
     if out.exists() and not overwrite:
         raise UserError(f"{out}: already exists. Give another folder with --out, or add --overwrite to replace it")
-    teacher = teacher or _teacher(record)
-    student = student if student is not None else _load_step(run, record, step, teacher)
+    newest = checkpoint.Checkpoints(run / "checkpoints").newest()
+    apart = student is None and newest is not None and _streamed(record, newest.stage)
+    teacher = teacher or _teacher(record, apart)
     extra: dict[str, str | Path] = {
         name: run / name for name in ("recipe.yaml", "metrics.jsonl", "loss.png") if (run / name).exists()
     }
     extra["README.md"] = model_card(record, (run / "recipe.yaml").read_text(encoding="utf-8"), result)
+    if apart and newest is not None:
+        from .stream.export import StreamedWeights
+        from .student import student_config
+
+        plan = _plan(record)
+        parts = StreamedWeights(teacher, plan, newest, dtype)  # pyright: ignore[reportArgumentType]
+
+        def write(folder: Path) -> None:
+            parts.write(folder)
+            student_config(teacher, plan).save_pretrained(folder)
+
+        return _export(student_config(teacher, plan), write, parts.bytes, teacher.folder, out, dtype, extra, overwrite)
+    student = student if student is not None else _load_step(run, record, step, teacher)
     return export_student(student, teacher.folder, out, dtype=dtype, extra=extra, overwrite=overwrite)
 
 
-def _teacher(record: dict[str, Any]) -> Teacher:
-    """The teacher of a run, from where the run found it."""
+def _streamed(record: dict[str, Any], stage: str) -> bool:
+    """That stage of a run never had the whole teacher in memory."""
+    settings = {held["name"]: held for item in record["recipe"]["stages"] for held in item.values()}
+    return bool(settings[stage].get("stream"))
+
+
+def _plan(record: dict[str, Any]) -> dict[int, tuple[str, dict[str, Any]]]:
+    return {int(layer): (name, options) for layer, (name, options) in record["layers"].items()}
+
+
+def _teacher(record: dict[str, Any], apart: bool = False) -> Teacher:
+    """The teacher of a run, from where the run found it; `apart` leaves its weights in the shards."""
+    from .stream.teacher import open_teacher
+
     known, dtype = record["teacher"], record["recipe"]["teacher"]["dtype"]
+    load = open_teacher if apart else load_teacher
     if known["revision"] is not None:
-        return load_teacher(known["source"], known["revision"], dtype)
-    return load_teacher(known["folder"], None, dtype)
+        return load(known["source"], known["revision"], dtype)
+    return load(known["folder"], None, dtype)
 
 
 def _load_step(run: Path, record: dict[str, Any], step: str | int, teacher: Teacher) -> Any:
@@ -97,8 +125,7 @@ def _load_step(run: Path, record: dict[str, Any], step: str | int, teacher: Teac
     if wanted not in commits:
         known = ", ".join(map(str, sorted(commits)))
         raise UserError(f"{run}: stage {newest.stage} has no saved step {wanted}. Saved: {known}")
-    plan = {int(layer): (name, options) for layer, (name, options) in record["layers"].items()}
-    mixers, _ = transfer(teacher, plan)
+    mixers, _ = transfer(teacher, _plan(record))
     kinds = dict(record["stages"])
     if kinds[newest.stage] in ("calibrate", "matrix", "align"):
         module = align_module(mixers)
@@ -135,13 +162,32 @@ def export_student(
         UserError: `out` exists, or the tokenizer gives other ids beside our config than beside the teacher's.
         MachineError: the disk is full; nothing that was there is harmed.
     """
+    needed = sum(p.numel() * p.element_size() for p in student.parameters())
+
+    def write(folder: Path) -> None:
+        _write_weights(student, folder, dtype)
+
+    return _export(student.config, write, needed, teacher_folder, out, dtype, extra, overwrite)
+
+
+def _export(
+    config: Any,
+    weights: Callable[[Path], None],
+    needed: int,
+    teacher_folder: Path,
+    out: Path,
+    dtype: str,
+    extra: dict[str, str | Path] | None,
+    overwrite: bool,
+) -> Path:
+    """`export_student` with weights and config.json, of `needed` bytes, written by `weights`."""
     if out.exists() and not overwrite:
         raise UserError(f"{out}: already exists. Give another folder, or add --overwrite to replace it")
 
     def write(folder: Path) -> None:
-        _write_weights(student, folder, dtype)
-        family = families.FAMILIES[student.config.base_model_type]
-        used = sorted({name for name in student.config.mixer_types if name})
+        weights(folder)
+        family = families.FAMILIES[config.base_model_type]
+        used = sorted({name for name in config.mixer_types if name})
         for name, text in modelling_files(family, used).items():
             (folder / name).write_text(text, encoding="utf-8")
         _copy_teacher_files(teacher_folder, folder)
@@ -151,9 +197,9 @@ def export_student(
                 shutil.copyfile(content, folder / name)
             else:
                 (folder / name).write_text(content, encoding="utf-8")
-        _check_tokenizer(teacher_folder, folder, student.config.vocab_size)
+        _check_tokenizer(teacher_folder, folder, config.vocab_size)
 
-    commit_directory(out, write, needed=sum(p.numel() * p.element_size() for p in student.parameters()))
+    commit_directory(out, write, needed=needed)
     return out
 
 

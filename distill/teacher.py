@@ -335,7 +335,9 @@ def _empty(folder: Path, dtype: str) -> Any:
         raise UserError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    model.tie_weights()
+    return model
 
 
 def _load(folder: Path, dtype: str, device: str, cls: Any = None, **kwargs: Any) -> Any:

@@ -20,7 +20,7 @@ from ..distill.data.source import Source
 from ..distill.errors import UserError
 from ..distill.export import export
 from ..distill.glue import glue_stage
-from ..distill.logit_cache.store import CheckedSource
+from ..distill.logit_cache.store import CheckedSource, LogitCache
 from ..distill.loop import run_stage
 from ..distill.lora import load_student
 from ..distill.manifest import check_manifest, write_manifest
@@ -35,7 +35,7 @@ from ..eval.plots import loss_curves
 from ..eval.recall_table import to_text as recall_text
 from ..eval.suite import recall_suite
 from ..eval.tables import Row, to_json, to_text
-from . import loader
+from . import loader, streaming
 from .calibration import calibrate, fill_aligned
 from .logit_caches import open_stage_cache, teacher_aside, teacher_back
 from .plan import stage_settings
@@ -73,7 +73,7 @@ def run(
     """
     with (
         open_session(recipe, resume=resume, max_hours=max_hours, progress=progress or Silent(), start=start) as session,
-        Watchdog(recipe.engine.timeout, session.folder / "logs"),
+        Watchdog(recipe.engine.timeout, session.folder / "logs", session.engine.world.rank),
     ):
         first = session.engine.world.first
         done = first(lambda: _complete(session))
@@ -130,12 +130,17 @@ def convert(
 def _carry_out(session: Session, stage: Any, start: Path | None, stopped: Callable[[], bool]) -> bool:
     """One stage of the recipe; False where it was stopped."""
     if isinstance(stage, TransferStage):
-        _transfer(session, start)
+        if streaming.streamed(session.recipe) is None:
+            _transfer(session, start)
         return True
     if isinstance(stage, CalibrateStage):
         return _calibrate(session, stage, stopped)
     settings = StageSettings(**stage_settings(session.recipe, stage, session.teacher.context))
     source = _source(session, stage, settings.seq_len, settings.batch)
+    if stage is streaming.streamed(session.recipe):
+        held_out = eval_set(session, session.recipe.eval.tokens, settings.seq_len)
+        return streaming.carry_out(session, stage, settings, source, held_out, stopped)
+    streaming.load_whole(session)
     newest = checkpoint.Checkpoints(session.folder / "checkpoints").newest(stage.name) if session.resume else None
     cache = None
     if isinstance(stage, GlueStage) and stage.teacher_logits is not None:
@@ -145,6 +150,20 @@ def _carry_out(session: Session, stage: Any, start: Path | None, stopped: Callab
             return False
         settings = replace(settings, teacher_logits=name)
         source = source if cache is None else CheckedSource(source, cache)
+    with nullcontext() if cache is None else teacher_aside(session.teacher):
+        return _train(session, stage, settings, source, newest, cache, stopped)
+
+
+def _train(
+    session: Session,
+    stage: Any,
+    settings: StageSettings,
+    source: Source,
+    newest: checkpoint.Checkpoint | None,
+    cache: LogitCache | None,
+    stopped: Callable[[], bool],
+) -> bool:
+    """A stage that trains; False where it was stopped."""
     engine = session.engine
     teacher = engine.place_teacher(session.teacher)
     placed: dict[Any, Any] = {}
@@ -157,28 +176,28 @@ def _carry_out(session: Session, stage: Any, start: Path | None, stopped: Callab
         evaluate = _layer_evaluation(session, teacher, placed, settings, losses)
     else:
         if session.student is None:
-            session.student = assemble(session.teacher, session.mixers, session.layers.attention)
+            session.student = assemble(session.teacher, session.mixers, session.layers.attention).to(engine.home)
         placed[0] = engine.place_student(session.student)
         made = glue_stage(teacher, placed[0], settings, stage.name, cache)
         evaluate = _glue_evaluation(session, teacher, placed[0], settings)
     session.progress.stage(stage.name, settings.tokens, newest.state["tokens"] if newest else 0)
-    with nullcontext() if cache is None else teacher_aside(teacher):
-        result = run_stage(
-            made,
-            source,
-            settings,
-            folder=session.folder,
-            resume=session.resume,
-            after=session.results[-1].stage if session.results else None,
-            callbacks=Callbacks(
-                progress=lambda record: _tell(session, record),
-                message=session.progress.note,
-                evaluate=evaluate,
-                should_stop=stopped,
-            ),
-            deadline=session.deadline,
-            engine=engine,
-        )
+    result = run_stage(
+        made,
+        source,
+        settings,
+        folder=session.folder,
+        resume=session.resume,
+        after=session.results[-1].stage if session.results else None,
+        callbacks=Callbacks(
+            progress=lambda record: _tell(session, record),
+            message=session.progress.note,
+            evaluate=evaluate,
+            measured=session.track,
+            should_stop=stopped,
+        ),
+        deadline=session.deadline,
+        engine=engine,
+    )
     session.progress.done()
     session.results.append(result)
     if result.status != "complete":
@@ -378,17 +397,20 @@ def _finish(session: Session) -> dict[str, Any]:
     """Export the best step, measure it on held-out text, write everything down."""
     folder = session.folder
     last = session.results[-1] if session.results else None
-    if session.student is None:
+    apart = streaming.ends_apart(session.recipe)
+    if apart:
+        session.progress.note(f"{folder}: never whole in memory, so not measured: relinear eval {folder / 'export'}")
+    elif session.student is None:
         session.student = assemble(session.teacher, session.mixers)
     elif last is not None and last.best_path is not None and last.best_path != last.path:
         store = {commit.path: commit for commit in checkpoint.Checkpoints(folder / "checkpoints").all(last.stage)}
         load_student(session.student, store[last.best_path])
     fidelity = None
-    if len(session.corpus.valid):
+    if len(session.corpus.valid) and not apart:
         device = next(session.student.parameters()).device
         fidelity = measure(session.student, session.teacher.model, eval_set(session, FINAL_TOKENS), device)
     recall = None
-    if "recall" in session.recipe.eval.suite:
+    if "recall" in session.recipe.eval.suite and not apart:
         session.progress.note("recall: needles, pairs and their like")
         recall = recall_suite(session.student, session.teacher.tokenizer, session.teacher.model)
     result: dict[str, Any] = {
@@ -407,7 +429,11 @@ def _finish(session: Session) -> dict[str, Any]:
         "environment": checkpoint.environment(),
     }
     rows = result_rows(session, fidelity)
-    text = to_text(rows) if rows else f"{folder}: complete (no held-out text, so nothing was measured)"
+    text = (
+        to_text(rows)
+        if rows
+        else f"{folder}: complete ({'not' if apart else 'no held-out text, so nothing was'} measured)"
+    )
     result["rows"] = to_json(rows)
     if recall is not None:
         text += "\n\n" + recall_text(recall)
@@ -418,6 +444,7 @@ def _finish(session: Session) -> dict[str, Any]:
         folder,
         "best",
         folder / "export",
+        dtype=session.recipe.teacher.dtype if apart else "float32",
         overwrite=True,
         student=session.student,
         teacher=session.teacher,

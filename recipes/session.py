@@ -18,16 +18,15 @@ from ..distill.data.windows import eval_batches
 from ..distill.digest import teacher_fingerprint
 from ..distill.engine import Engine, open_engine
 from ..distill.errors import MachineError, UserError
-from ..distill.lock import RunLock
+from ..distill.lock import RunLock, check_free
 from ..distill.lora import require_peft
 from ..distill.stage import StageResult
-from ..distill.teacher import Teacher, load_teacher
+from ..distill.teacher import Teacher
 from ..distill.watchdog import beat
-from . import loader
+from . import loader, streaming
 from .layers import LayerMap
 from .plan import layer_map, window
 from .schema import EMBEDDED, Recipe, TrainingStage
-from .teacher_config import locate
 from .trackers import Trackers, open_trackers, require_trackers
 
 
@@ -128,7 +127,11 @@ def open_session(
     for stage in recipe.stages:
         if getattr(stage, "train", None) == "lora":
             require_peft(f"stages.{stage.name}.train")
+    if start is not None and streaming.streamed(recipe) is not None:
+        raise UserError("--start: a streamed align transfers its own mixers; leave one of the two out")
     require_trackers(recipe)
+    folder = Path(str(recipe.save.dir))
+    check_free(folder)
     if recipe.engine.threads is not None:
         torch.set_num_threads(recipe.engine.threads)
     asked = recipe.engine
@@ -136,12 +139,11 @@ def open_session(
     world, device = engine.world, engine.home
     progress = progress if world.main else Silent()
     source = recipe.teacher.model
-    teacher = load_teacher(locate(source), recipe.teacher.revision, recipe.teacher.dtype, device)
+    teacher = streaming.load(recipe, device)
     layers = layer_map(recipe, teacher.num_layers)
     trains = [stage.name for stage in recipe.stages if isinstance(stage, TrainingStage)]
     if trains and not layers.converted:
         raise UserError(f"layers: nothing is converted, so {trains[0]} has nothing to train. Write layers.convert=all")
-    folder = Path(str(recipe.save.dir))
     record = {
         "recipe": recipe.to_dict(),
         "teacher": {

@@ -22,6 +22,9 @@ from .borders import Border
 from .source import Batches, BorderBatch, BorderSource
 from .teacher import StreamedTeacher
 
+DONE = "done.json"
+"""In a layer's folder: its training has ended, and what it hands on is whole."""
+
 
 class Writer:
     """Puts together the parts of batches, and writes each batch to a border when it is whole, while work goes on."""
@@ -144,9 +147,11 @@ def train_layer(
         source.close()
         for writer in writers.values():
             writer.close()
-    if handed is not None and result.status == "complete":
-        _hand_on_held_out(teacher, mixers, batches, given, handed, precision)
-        handed.finish(batches.counts)
+    if result.status == "complete":
+        if handed is not None:
+            _hand_on_held_out(teacher, mixers, batches, given, handed, precision)
+            handed.finish(batches.counts)
+        files.write_json(folder / DONE, {"commit": result.path.name})
     return result
 
 
@@ -215,8 +220,7 @@ def fill(
 
 
 def layer_result(folder: Path, name: str) -> checkpoint.Checkpoint | None:
-    """The commit with which a layer's training ended, None where it did not."""
-    if not folder.is_dir():
+    """The commit with which a layer's training ended, None where it did not; may be asked while another one trains."""
+    if not (folder / DONE).exists():  # opening the commits of a worker clears away what it is writing
         return None
-    found = [commit for commit in checkpoint.Checkpoints(folder / "checkpoints").all(name) if commit.complete]
-    return found[-1] if found else None
+    return checkpoint.Checkpoints(folder / "checkpoints").require_complete(name)

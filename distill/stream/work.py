@@ -2,6 +2,7 @@
 
 FOLDER/stream/STAGE/layer-003/        commits and metrics of one layer's training, transfer.json
 FOLDER/stream/STAGE/block-000/        lock of the worker that has it
+FOLDER/stream/STAGE/done.json         the stage has ended
 DIR/batches, DIR/border-004/          what `borders.Border` describes: the stage's batches; what comes to layer 4
 DIR/pass-005/                         likewise, on the way from one block's first border to the next one's
 DIR/shared-KEY/layer-000/             what layer 0's mixer hands to those above it
@@ -14,10 +15,11 @@ of them take blocks, from the lowest one on, each layer being trained and the bo
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,10 @@ from ..digest import value_digest
 from ..errors import UserError
 from ..lock import RunLock
 from ..modeling.config import is_first
-from ..stage import Callbacks, StageResult, StageSettings
+from ..stage import COSMETIC, Callbacks, StageResult, StageSettings
 from ..student import Plan
 from .borders import Border
-from .layer import fill, layer_result, train_layer
+from .layer import DONE, fill, layer_result, train_layer
 from .source import Batches
 from .teacher import StreamedTeacher
 
@@ -103,9 +105,9 @@ class Work:
 
     def handed(self, layer: int) -> Border:
         """What a layer's mixer hands on: it depends on how that mixer is trained."""
-        key = value_digest(
-            [self.key, self.kind, repr(self.settings), self.seed, {str(k): v for k, v in self.plan.items()}]
-        )
+        settings = {name: value for name, value in asdict(self.settings).items() if name not in COSMETIC}
+        plan = {str(other): value for other, value in self.plan.items()}
+        key = value_digest([self.key, self.kind, settings, self.seed, plan])
         return Border(
             self.folder / f"shared-{key[:12]}" / f"layer-{layer:03}", key, self.kind, self.layer_folder(layer)
         )
@@ -202,6 +204,8 @@ def take_blocks(work: Work, layers: Iterable[int] | None = None, *, stay: bool =
     wanted = None if layers is None else set(layers)
     chosen = [block for block in work.blocks if wanted is None or wanted & set(block)]
     while True:
+        if (work.stage_folder / DONE).exists():
+            return True
         left = [block for block in chosen if not _ended(work, block)]
         if not left:
             return True
@@ -356,13 +360,14 @@ def complete(work: Work) -> StageResult:
         str(layer): json.loads((work.layer_folder(layer) / "transfer.json").read_text("utf-8")) for layer in ended
     }
     files.write_json(work.run / "transfer.json", transferred)
+    files.write_json(work.stage_folder / DONE, {"commit": made.path.name})
     if not work.keep:
         clear(work)
     return replace(result, path=made.path)
 
 
 def clear(work: Work) -> None:
-    """Remove all that the stage left in its folder for borders."""
+    """Remove all that the stage left in its folder for borders, and its layers' own commits."""
     _mark(work).unlink(missing_ok=True)
     layers = range(max(work.plan) + 1)
     made = [work.border(layer, on_the_way=way) for layer in layers for way in (False, True)]
@@ -372,6 +377,10 @@ def clear(work: Work) -> None:
     for folder in sorted({border.folder.parent for border in made}, reverse=True):  # the inner ones first
         with suppress(OSError):  # not empty, or gone
             folder.rmdir()
+    for layer in work.plan:
+        folder = work.layer_folder(layer)
+        (folder / DONE).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _merged(layers: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
