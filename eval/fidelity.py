@@ -265,7 +265,8 @@ def _accumulate(
     for source in sources:
         source.run(batch)
     labels, numbers = batch.input_ids[rows, columns], documents[rows, columns]
-    size = max(1, limit // sources[0].model.get_output_embeddings().weight.shape[0])
+    # Not the weight itself: under ZeRO-3 that is empty until the module runs.
+    size = max(1, limit // sources[0].model.get_output_embeddings().out_features)
     for start in range(0, rows.numel(), size):
         chunk = slice(start, start + size)
         logits = [source.at(rows[chunk], columns[chunk] - 1) for source in sources]
