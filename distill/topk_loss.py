@@ -9,7 +9,7 @@ says what is lost by that:
 
     KL(q || p) = L + q_t KL(q given "not in K" || p given "not in K")
 
-so L is a lower bound, exact for k = vocabulary, and the error is at most the tail's own KL times its mass. The gradient
+so L is a lower bound, exact for k = vocabulary, and the error is the tail's own KL times its mass. The gradient
 with respect to the student's logits z, where p = softmax(z), is
 
     dL/dz_j = p_j - q_j               for j in K

@@ -61,6 +61,8 @@ def test_prepared_once_and_read_by_two_students(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    llama: Path,
+    story_file: Path,
 ) -> None:
     assert main(["prepare", *recipe(), "--dry-run", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
@@ -77,6 +79,14 @@ def test_prepared_once_and_read_by_two_students(
     assert main(["run", *recipe("layers.mixer=rwkv7", "seed=0", run="other")]) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
     assert result["fidelity"]["kl"] > 0 and glue_losses(tmp_path / "run") != glue_losses(tmp_path / "other")
+    capsys.readouterr()
+    errors = ["bench", "logits", str(tmp_path / "run" / "export"), "--against", str(llama), "--text", str(story_file)]
+    assert main([*errors, "--top-k", "4,64,320", "--tokens", "1k", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    few, more, whole = found["rows"]
+    assert few["missed"] > more["missed"] > whole["missed"] == pytest.approx(0, abs=1e-4)
+    assert few["gradient"] > more["gradient"] > whole["gradient"] == pytest.approx(0, abs=1e-4)
+    assert few["tail_mass"] > more["tail_mass"] > whole["tail_mass"] == 0 and found["kl"] > 0
     # Another seed is another order of the data: another cache, which has to be made.
     assert main(["run", *recipe("data.seed=5", run="third")]) == 1
 
