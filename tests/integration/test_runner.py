@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import random
-import shutil
 import signal
-import subprocess
 import sys
 import time
 import types
@@ -120,50 +116,6 @@ def test_the_same_recipe_gives_the_same_bits(first: Path, teacher: Path, story_f
     assert again.keys() == before.keys() and all(torch.equal(again[name], before[name]) for name in before)
 
 
-def changes(process: subprocess.Popen[bytes], folder: Path, count: int) -> bool:
-    """Wait until files below `folder` appeared, vanished or grew `count` times; False where the process ended first."""
-    before: dict[str, int] = {}
-    while process.poll() is None:
-        now: dict[str, int] = {}
-        for place, _, names in os.walk(folder):
-            for name in names:
-                with contextlib.suppress(OSError):  # gone again
-                    now[f"{place}/{name}"] = os.stat(f"{place}/{name}").st_size
-        count -= now != before
-        if count <= 0:
-            return True
-        before = now
-        time.sleep(0.003)
-    return False
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(
-    first: Path, teacher: Path, story_file: Path, tmp_path: Path
-) -> None:
-    """kill -9 on the real command after some changes in its folder, again and again, until one comes to its end."""
-    out = tmp_path / "killed"
-    arguments = ["run", "gated_deltanet", f"teacher.model={teacher}", f"data.source={story_file}", *SMALL]
-    code = "import sys; from relinear.launch.main import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, *arguments, "--out", str(out), "--resume"]
-    rng = random.Random(5)
-    kills = 0
-    for _ in range(30):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        if changes(process, out, rng.randint(2, 8) + 4 * kills):
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        _, err = process.communicate()
-        if process.returncode != -signal.SIGKILL:
-            assert process.returncode == 0, err.decode()
-            break
-    else:
-        pytest.fail("never came to its end")
-    assert kills > 2
-    again, before = weights(out), weights(first)
-    assert all(torch.equal(again[name], before[name]) for name in before)
-
-
 def test_stopped_by_a_signal_and_resumed(first: Path, teacher: Path, story_file: Path, tmp_path: Path) -> None:
     class Stopper(runner.Silent):
         def update(self, tokens: int, **metrics: float) -> None:
@@ -209,21 +161,9 @@ def test_kept_attention_is_changed_from_glue_on(teacher: Path, story_file: Path,
 
 
 def test_a_run_of_another_teacher_is_refused(first: Path, make_teacher: Any, story_file: Path, tmp_path: Path) -> None:
-    """Also one that differs in a single weight: the same path, other bytes."""
     other = make_teacher("llama", num_hidden_layers=4)
     with pytest.raises(UserError, match=r"first: holds another run.*teacher"):
         runner.run(recipe(other, story_file, first), resume=True)
-    copy = tmp_path / "teacher"
-    shutil.copytree(make_teacher("llama", num_hidden_layers=3), copy)
-    out = tmp_path / "run"
-    runner.run(recipe(copy, story_file, out), max_hours=0.0)
-    tensors = load_file(copy / "model.safetensors")
-    tensors["model.norm.weight"][0] += 1.0
-    from safetensors.torch import save_file
-
-    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"another teacher.*model\.norm\.weight"):
-        runner.run(recipe(copy, story_file, out), resume=True)
 
 
 def test_a_folder_with_other_things_is_left_alone(teacher: Path, story_file: Path, tmp_path: Path) -> None:
@@ -304,14 +244,20 @@ def test_wandb_gets_the_metrics(
     teacher: Path, story_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logged: list[dict[str, Any]] = []
-    made = types.SimpleNamespace(log=logged.append)
+    given: list[dict[str, Any]] = []
+    made = types.SimpleNamespace(log=logged.append, finish=lambda: logged.append({"finished": 1.0}))
     fake = types.ModuleType("wandb")
-    fake.init = lambda **given: made if given["project"] == "mine" else None  # pyright: ignore[reportAttributeAccessIssue]
+    fake.init = lambda **options: given.append(options) or made  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    runner.run(recipe(teacher, story_file, tmp_path / "run", "track.wandb=mine"), max_hours=1e-4)
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(MachineError, match=r"relinear\[wandb\]"):
-        runner.run(recipe(teacher, story_file, tmp_path / "other", "track.wandb=mine"))
+    runner.run(recipe(teacher, story_file, tmp_path / "a run", "track.wandb=mine"))
+    assert (given[0]["project"], given[0]["name"], given[0]["id"]) == ("mine", "a run", "a-run")
+    assert given[0]["dir"] == str(tmp_path / "a run") and given[0]["mode"] == "online"
+    lines = files.read_metrics(tmp_path / "a run" / "metrics.jsonl")
+    for stage in ("align", "glue"):
+        sent = [record[f"{stage}/loss"] for record in logged if f"{stage}/loss" in record]
+        assert sent[-1] == [line["loss"] for line in lines if line["stage"] == stage and "loss" in line][-1]
+    assert {"align/losses/layer 0", "align/grad_norm/layer 2", "glue/eval/kl", "step"} <= {k for r in logged for k in r}
+    assert logged[-1] == {"finished": 1.0}
 
 
 def test_what_this_version_cannot_do_is_refused(teacher: Path, story_file: Path, tmp_path: Path) -> None:
