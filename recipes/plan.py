@@ -11,7 +11,7 @@ from typing import Any
 from ..distill.errors import UserError
 from ..distill.family import check_geometry, check_matrix, lost
 from ..mixers import registry
-from . import costs
+from . import costs, stream_costs
 from .costs import Counts
 from .layers import LayerMap, resolve
 from .logit_costs import logits_note, teacher_needs
@@ -56,6 +56,7 @@ class StagePlan:
         gpu_hours: on the plan's GPU, over all ranks.
         tokens_per_second: of all ranks.
         ranks: (first rank, bytes from this rank on), where ranks differ more than one pair.
+        disk: of a streamed align: bytes by use, at most.
     """
 
     kind: str
@@ -69,6 +70,7 @@ class StagePlan:
     gpu_hours: float
     tokens_per_second: float = 0.0
     ranks: tuple[tuple[int, int], ...] = ()
+    disk: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def total_memory(self) -> int:
@@ -386,11 +388,17 @@ def _stage(
         length,
         recipe.engine.checkpointing,
         align,
+        "cpu" if recipe.engine.device == "cpu" else "cuda",
     )
     if settings["average"] is not None:
         whole["average"] = 4 * trained
     if recipe.engine.device == "cpu":
-        whole["allocator"] = costs.cpu_allocator(whole["activations"])
+        whole["allocator"] = costs.cpu_allocator(stage.kind, whole["activations"])
+    stream, needs = getattr(stage, "stream", None), {}
+    if stream is not None and layers.converted:
+        needs = stream_costs.disk(stream, settings, teacher, layers, recipe.teacher.dtype, recipe.eval.tokens)
+        notes.append(stream_costs.note(stage.name, needs, stream))
+        whole = stream_costs.memory(whole, stream, settings, teacher, layers, counts, recipe.teacher.dtype)
     ranks = _ranks(recipe, stage.kind, teacher, counts, whole, needs_teacher, world)
     adapted = trained if lora is not None else 0
     train = getattr(stage, "train", "all")
@@ -407,6 +415,7 @@ def _stage(
         costs.gpu_hours(stage.tokens * each, gpu, mfu),
         world.size * costs.flops_per_second(gpu, mfu) / each if each else 0.0,
         tuple((rank, sum(memory.values())) for rank, memory in ranks),
+        needs,
     )
 
 

@@ -26,6 +26,7 @@ from .schema import (
     TeacherLogitsSection,
     TrainingStage,
 )
+from .stream_section import StreamSection
 
 _HEADER = ["| key | value | default | meaning |", "|---|---|---|---|"]
 
@@ -177,6 +178,8 @@ def _stages() -> str:
         parts.append(
             _table(title, stage, list(Stage.model_fields) if kind == "transfer" else list(stage.__annotations__))
         )
+        if kind == "align":
+            parts.append(_table("stream of align", StreamSection, list(StreamSection.model_fields)))
         if kind == "glue":
             parts.append(_table("loss of glue and extend", LossWeights, list(LossWeights.model_fields)))
             parts.append(_table("lora of glue and extend", LoraSection, list(LoraSection.model_fields)))

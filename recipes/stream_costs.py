@@ -6,9 +6,11 @@ import math
 from typing import Any
 
 from ..mixers import registry
+from .costs import Counts
 from .layers import LayerMap
 from .stream_section import StreamSection
 from .teacher_config import TeacherConfig
+from .units import format_bytes
 
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _PER_VALUE = {"bfloat16": 2.0, "float8": 1 + 4 / 128}
@@ -58,3 +60,41 @@ def mixer_sizes(teacher: TeacherConfig, layers: LayerMap) -> dict[int, int]:
         rows = spec.tensors(teacher.geometry(layer), spec.options.parse(options), first=first, position=position)
         made[layer] = sum(row.numel for row in rows)
     return made
+
+
+def memory(
+    whole: dict[str, int],
+    stream: StreamSection,
+    settings: dict[str, Any],
+    teacher: TeacherConfig,
+    layers: LayerMap,
+    counts: Counts,
+    dtype: str,
+) -> dict[str, int]:
+    """Bytes that a streamed align has in memory: those of the stage in memory, `whole`, with one layer at a time.
+
+    Args:
+        whole: from `costs.memory`.
+        stream, settings, teacher, layers, dtype: as for `disk`.
+        counts: parameters.
+    """
+    sizes = mixer_sizes(teacher, layers)
+    share = max(sizes.values()) / sum(sizes.values())
+    values = teacher.family.values(teacher.config)
+    hidden = values["hidden_size"]
+    layer = counts.attention + counts.ffn // counts.layers + teacher.family.norms * hidden
+    each = hidden * settings["batch"] * settings["seq_len"]
+    # A chunk as read, the next one, one put together and one being written; float8 is unpacked to 32 bits.
+    buffers = 4 * each * (4 if stream.borders == "float8" else max(_SIZES[dtype], 2))
+    made = {
+        name: int(size * share) if name in ("student", "gradients", "optimizer", "average") else size
+        for name, size in whole.items()
+    }
+    return made | {"teacher": _SIZES[dtype] * max(layer, hidden * values["vocab_size"]), "buffers": buffers}
+
+
+def note(name: str, needs: dict[str, int], stream: StreamSection) -> str:
+    """What `disk` found, in a sentence."""
+    parts = ", ".join(f"{what} {format_bytes(size)}" for what, size in needs.items() if size)
+    where = stream.dir or f"the run folder, in stream/{name}"
+    return f"{name}: one layer at a time; up to {format_bytes(sum(needs.values()))} on the disk ({parts}); in {where}"
