@@ -181,7 +181,17 @@ class Worker:
             text = f"was killed by {name}" + (" (the machine's memory ran out?)" if -code == signal.SIGKILL else "")
         else:
             text = f"ended with exit code {code} and no message"
-        return Failure(0 if -code in _HARD else 2, self.ended or 0, self, text, max(code, 1))
+        words = self._last_words() if code > 0 else ""
+        order = 0 if -code in _HARD else 1 if words else 2
+        return Failure(order, self.ended or 0, self, words or text, max(code, 1), bool(words))
+
+    def _last_words(self) -> str:
+        """An error that it could only print, as a watchdog does."""
+        with suppress(OSError):
+            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
+            said = [line for line in lines if line.startswith("error: ")]
+            return said[-1].removeprefix("error: ") if said else ""
+        return ""
 
 
 @dataclass(order=True)
@@ -193,6 +203,7 @@ class Failure:
     worker: Worker = field(compare=False)
     text: str = field(compare=False)
     code: int = field(compare=False)
+    printed: bool = field(default=False, compare=False)
 
 
 @dataclass
@@ -351,16 +362,24 @@ def _outcome(workers: list[Worker], signals: ExitSignals, neighbours: Neighbours
         if cause.order == 2 and neighbours.wait():
             return _elsewhere(neighbours)
         neighbours.tell(cause.text)
-        if cause.worker.rank == 0:
-            talk(f"error: {cause.text}")
-        else:
-            talk(f"error: rank {cause.worker.rank}: {cause.text}. Its log: {cause.worker.log}")
+        _say(cause)
         return cause.code
     if neighbours.failed is not None:
         return _elsewhere(neighbours)
     if any(w.process.returncode == INTERRUPTED or w.killed for w in workers):
         return INTERRUPTED
     return STOPPED if stopped else 0
+
+
+def _say(cause: Failure) -> None:
+    """The one message; what rank 0 printed itself is on the screen already."""
+    worker = cause.worker
+    if worker.rank == 0:
+        if not cause.printed:
+            talk(f"error: {cause.text}")
+        return
+    who = "" if cause.text.startswith(f"rank {worker.rank} ") else f"rank {worker.rank}: "
+    talk(f"error: {who}{cause.text}. Its log: {worker.log}")
 
 
 def _elsewhere(neighbours: Neighbours) -> int:

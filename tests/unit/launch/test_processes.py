@@ -62,6 +62,13 @@ elif case == "one":
         time.sleep(0.2)
         fail("out of memory", 3)
     fail("unexpected RuntimeError: connection closed by peer", 1, known=False)
+elif case.startswith("printed"):
+    if rank == int(case[-1]):
+        print(f"error: rank {rank} (process 5) has made no progress", file=sys.stderr, flush=True)
+        sys.exit(1)
+    time.sleep(600)
+elif case == "silent":
+    sys.exit(4 if rank == 1 else 0)
 elif case == "hang":
     if rank == 1:
         fail("NaN in layer 3", 1)
@@ -163,6 +170,9 @@ def test_a_second_interrupt_ends_at_once(run, tmp_path):
         ("same", 2, "error: recipe.yaml:3: no\n"),
         ("one", 3, "error: rank 1: out of memory"),
         ("hang", 1, "error: rank 1: NaN in layer 3"),
+        ("printed 1", 1, "error: rank 1 (process 5) has made no progress"),
+        ("printed 0", 1, "error: rank 0 (process 5) has made no progress"),
+        ("silent", 4, "error: rank 1: ended with exit code 4 and no message"),
     ],
 )
 def test_one_message_names_the_cause(run, capfd, monkeypatch, case, code, words):
