@@ -32,6 +32,35 @@ def ops_text(result: dict[str, Any]) -> str:
     )
 
 
+def train_text(result: dict[str, Any]) -> str:
+    """The result of `recipes.bench_train.measure`: a line per measurement with its target, and what the ratio is of."""
+    rows = []
+    for row in result["rows"]:
+        over = row["case"] in ("memory", "loader")
+        target = "" if row["target"] is None else f"{'≤' if over else '≥'} {row['target']:g}"
+        reached = {None: "", True: "yes", False: "no"}[row["reached"]]
+        rows.append((row["case"], row["what"], _train_value(row), target, reached, _train_parts(row)))
+    return table(rows, ("case", "what", "ratio", "target", "reached", "of"))
+
+
+def _train_value(row: dict[str, Any]) -> str:
+    if "value_min" not in row:
+        return f"{row['value']:.3g}"
+    return f"{row['value']:.3f} ({row['value_min']:.3f} to {row['value_max']:.3f})"
+
+
+def _train_parts(row: dict[str, Any]) -> str:
+    """The two sides of a ratio in words."""
+    if row["case"] == "memory":
+        layer, gradients = bytes_name(row["layer_bytes"]), bytes_name(row["gradient_bytes"])
+        return f"{bytes_name(row['peak_bytes'])}, a layer {layer}, gradients beside them {gradients}"
+    own = f"{row['tokens_per_second']:.0f} tokens/s"
+    if row["case"] == "align":
+        return f"{own}, limit {row['limit_tokens_per_second']:.0f}, forward {row['forward_tokens_per_second']:.0f}"
+    other = {"glue": "plain_tokens_per_second", "ranks": "alone_tokens_per_second"}.get(row["case"])
+    return f"{own}, {'loader' if other is None else 'other'} {row[other or 'loader_tokens_per_second']:.0f}"
+
+
 def decode_text(result: dict[str, Any]) -> str:
     """The result of `eval.speed.decode`: a line per model and context, and what the longest costs over the shortest."""
     rows, notes = [], []

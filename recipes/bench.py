@@ -28,7 +28,7 @@ def random_batch(vocab: int, batch: int, seq_len: int) -> Batch:
     return Batch(ids, positions, torch.zeros_like(ids), real, real)
 
 
-class _Random:
+class RandomSource:
     """A data source of random tokens, one document per row: speed does not depend on what the text says."""
 
     def __init__(self, vocab: int, batch: int, seq_len: int) -> None:
@@ -68,7 +68,7 @@ def align_ratio(
     """
     loaded = load_teacher(locate(teacher))
     seq_len = min(seq_len, loaded.context)
-    source = _Random(loaded.config.vocab_size, batch, seq_len)
+    source = RandomSource(loaded.config.vocab_size, batch, seq_len)
     settings = StageSettings(tokens=batch * seq_len * steps, batch=batch, seq_len=seq_len, lr=1e-3, warmup=1)
     ratios, aligns, forwards = [], [], []
     with tempfile.TemporaryDirectory() as folder:

@@ -33,9 +33,10 @@ PER_LAYER = ("matrix", "align")
 """Stages on the teacher's layer inputs, one layer's graph at a time."""
 # What these tensors do comes before the mixing of tokens, or after it.
 _UNMIXED = ("v_proj", "o_proj", "g_proj", "out_norm", "ln_x", "v0", "v1", "v2", "g0", "g1", "g2")
-CPU_ALLOCATOR = 0.9
-"""Of the activations: what glibc's heap does not give back between tensors of other sizes, measured in
+CPU_ALLOCATOR = {"align": 0.72, "glue": 0.26}
+"""Of the activations, by stage: what glibc's heap does not give back between tensors of other sizes, measured in
 docs/results/train.md. Tensors above 32 MiB, which it maps one by one, leave less."""
+CPU_PROCESS = 15_000_000  # bytes of code and pools that a first step brings in
 CACHE_LENGTHS = (4096, 32768, 131072)
 # Floats kept for a backward pass, per token, counted from the tensors that plain torch saves at widths 128 to 512: by
 # the rest of a layer 5 per hidden and 4 per feed-forward channel. Attention's 8 are q, k, v, their rotated copies and
@@ -44,7 +45,8 @@ _ATTENTION_FLOATS, _HIDDEN_FLOATS, _FFN_FLOATS = 8, 5, 4
 _ALIGN_HIDDEN = 3  # per hidden channel, while a mixer trains: residual stream, the attention's input and its output
 _CANDIDATES = 40 * 4096  # knobs' values tried by calibrate in a layer, times the tokens that they are tried on
 _MATRICES = 16  # matrices (tokens x tokens) held at once per row and head, counted likewise: 8 to 21
-_LOGITS = 2**26  # logits of one model held at once, as `distill.losses.CHUNK_ELEMENTS` says of GPUs
+_LOGITS = {"cpu": 2**22, "cuda": 2**26}  # of one model held at once, as `distill.losses.CHUNK_ELEMENTS` says
+_LOGIT_TENSORS = 7  # of them at once: both models' logits, their logarithms, probabilities, two gradients
 
 
 @dataclass(frozen=True)
@@ -305,6 +307,7 @@ def memory(
     seq_len: int,
     checkpointing: bool = False,
     align: bool = False,
+    device: str = "cuda",
 ) -> dict[str, int]:
     """Estimated bytes of a training stage on one device that holds everything, by use.
 
@@ -321,6 +324,7 @@ def memory(
         seq_len: window.
         checkpointing: glue and extend: of each block only the input is kept.
         align: glue and extend: the loss has a part for each layer.
+        device: `cpu` or `cuda`; logits come in smaller chunks on the former.
 
     Returns:
         `teacher`, `student`, `gradients`, `optimizer`, `activations`.
@@ -356,8 +360,8 @@ def memory(
             held = max(own) + spare + size * config["hidden_size"] * depth
         if align:
             held += max(most.values(), default=0)
-        # Both models' logits, their probabilities and gradient: fp32 whatever the precision.
-        held = held * tokens + 4 * 4 * min(tokens * config["vocab_size"], _LOGITS)
+        # fp32 whatever the precision.
+        held = held * tokens + 4 * _LOGIT_TENSORS * min(tokens * config["vocab_size"], _LOGITS[device])
     return {
         "teacher": BYTES[dtype] * counts.teacher if kind in PER_LAYER or needs_teacher else 0,
         "student": 4 * student,
@@ -434,9 +438,9 @@ def gpu_hours(flops: float, gpu: str, mfu: float) -> float:
     return flops / flops_per_second(gpu, mfu) / 3600
 
 
-def cpu_allocator(activations: int) -> int:
-    """Bytes that glibc's heap holds beyond the tensors in it: see `CPU_ALLOCATOR`."""
-    return round(CPU_ALLOCATOR * activations)
+def cpu_allocator(kind: str, activations: int) -> int:
+    """Bytes that a process on a CPU holds beyond its tensors: see `CPU_ALLOCATOR`."""
+    return round(CPU_ALLOCATOR["align" if kind in PER_LAYER else "glue"] * activations) + CPU_PROCESS
 
 
 def cache_bytes(teacher: TeacherConfig, layers: LayerMap, length: int, dtype: str) -> tuple[int, int]:

@@ -110,8 +110,8 @@ def _hours(hours: float) -> str:
 
 def _footnote(plan: Plan) -> str:
     return (
-        f"Hours are estimates, at {plan.mfu:.0%} of {costs.GPUS[plan.gpu][0]:g} TFLOP/s (bf16 peak of one {plan.gpu}); reading, "
-        "evaluation and what ranks send each other are not counted."
+        f"Hours are estimates, at {plan.mfu:.0%} of {costs.GPUS[plan.gpu][0]:g} TFLOP/s (bf16 peak of one {plan.gpu}); "
+        "reading, evaluation and what ranks send each other are not counted."
     )
 
 
