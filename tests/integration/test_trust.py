@@ -8,12 +8,14 @@ import os
 import pickle
 import random
 import resource
+import runpy
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -116,9 +118,9 @@ def changes(alive: Callable[[], bool], folder: Path, count: int) -> bool:
 
 
 class Forked:
-    """A command line run in a fork of this process, which has all modules loaded: a kill costs no start."""
+    """Work done in a fork of this process, which has all modules loaded: a kill costs no start."""
 
-    def __init__(self, argv: list[str], log: Path) -> None:
+    def __init__(self, work: Callable[[], int | None], log: Path) -> None:
         self.log = log
         self.code: int | None = None
         self.pid = os.fork()
@@ -129,11 +131,12 @@ class Forked:
             os.dup2(output, 1)
             os.dup2(output, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-            code = main(argv)
-            sys.stdout.flush()
-            sys.stderr.flush()
+            code = work() or 0
         except BaseException:
-            code = 99
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
     def alive(self) -> bool:
@@ -176,7 +179,8 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bits(
     while kills < KILLS:
         out = tmp_path / f"run-{ended}"
         for attempt in range(60):
-            process = Forked([*arguments(teacher, story_file, out), "--resume"], tmp_path / "log")
+            argv = [*arguments(teacher, story_file, out), "--resume"]
+            process = Forked(lambda argv=argv: main(argv), tmp_path / "log")
             if attempt < 59 and kills < KILLS:
                 disturb(process, out, rng, usual)
             while process.alive():
@@ -207,31 +211,33 @@ class Ranks:
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]
-        base = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        base |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, str(CHILD), engine, str(teacher), str(folder), "--resume"]
-        self.processes: list[subprocess.Popen[bytes]] = []
-        for rank in range(count):
-            env = base | ({"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {})
-            with log.with_name(f"{log.name}-{rank}").open("wb") as output:
-                self.processes.append(subprocess.Popen(command, env=env, stdout=output, stderr=output))
+
+        def work(rank: int) -> None:
+            world = {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | world)
+            sys.argv = [str(CHILD), engine, str(teacher), str(folder), "--resume"]
+            runpy.run_path(str(CHILD), run_name="__main__")
+
+        self.processes = [
+            Forked(lambda rank=rank: work(rank), log.with_name(f"{log.name}-{rank}")) for rank in range(count)
+        ]
 
     def alive(self) -> bool:
-        return all(process.poll() is None for process in self.processes)
+        return all(process.alive() for process in self.processes)
 
-    def kill(self, ranks: list[int] | None = None) -> None:
-        for rank in range(len(self.processes)) if ranks is None else ranks:
+    def kill(self, ranks: list[int]) -> None:
+        for rank in ranks:
             self.processes[rank].kill()
 
-    def codes(self) -> list[int]:
+    def codes(self) -> list[int | None]:
         """Exit codes, once all have ended."""
         while self.alive():
             time.sleep(0.02)
         end = time.monotonic() + self.GRACE
-        while time.monotonic() < end and any(process.poll() is None for process in self.processes):
+        while time.monotonic() < end and any(process.alive() for process in self.processes):
             time.sleep(0.02)
-        self.kill([rank for rank, process in enumerate(self.processes) if process.poll() is None])
-        return [process.wait() for process in self.processes]
+        self.kill([rank for rank, process in enumerate(self.processes) if process.alive()])
+        return [process.code for process in self.processes]
 
 
 @pytest.fixture(scope="module")
@@ -250,26 +256,29 @@ def test_killed_at_random_moments_two_ranks_end_in_the_same_bits(
     """One rank or both are killed, whichever it is; the one that is left ends by itself."""
     straight, usual = two_ranks
     rng = random.Random(7)
-    kills, ended, wanted = 0, 0, max(3, KILLS // 8)
+    kills, alone, ended, wanted = 0, 0, 0, max(3, KILLS // 8)
     while kills < wanted:
         out = tmp_path / f"run-{ended}"
         for attempt in range(40):
             ranks = Ranks("ddp", teacher, out, 2, tmp_path / "log")
             if attempt < 39 and kills < wanted:
-                time.sleep(rng.uniform(0.3, 1.0) * usual)
+                end = time.monotonic() + rng.uniform(0.0, 1.2) * usual
+                while time.monotonic() < end and ranks.alive():
+                    time.sleep(0.01)
                 if ranks.alive():
                     ranks.kill(rng.choice([[0], [1], [0, 1]]))
             codes = ranks.codes()
             if codes == [0, 0]:
                 break
-            assert -signal.SIGKILL in codes and 0 not in codes, (tmp_path / "log-0").read_text()
+            assert -signal.SIGKILL in codes, (tmp_path / "log-0").read_text()
+            alone += 1 in codes
             kills += 1
         for stage in ("align", "glue"):
             made, held = (checkpoint.Checkpoints(f / "checkpoints").require_complete(stage) for f in (out, straight))
             assert same(made.weights(), held.weights()), f"run {ended} after {kills} kills, {stage}"
         shutil.rmtree(out)
         ended += 1
-    print(f"\n{kills} kills of two ranks in {ended} runs")
+    print(f"\n{kills} kills of one or both of two ranks in {ended} runs; {alone} times the other ended by itself")
 
 
 def test_a_rank_that_dies_ends_the_other_and_harms_nothing(
@@ -437,7 +446,7 @@ def test_files_that_may_not_grow_further_end_with_one_message(
     resource_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource_limit[1]))
     try:
-        process = Forked(arguments(teacher, story_file, out), tmp_path / "log")
+        process = Forked(lambda: main(arguments(teacher, story_file, out)), tmp_path / "log")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, resource_limit)
     while process.alive():
@@ -472,7 +481,7 @@ def test_a_hung_step_ends_with_stacks_and_measuring_does_not(
     monkeypatch.setattr(runner, "Watchdog", lambda seconds, *more: watched(min(seconds, 3.0), *more))
     held["seconds"] = 60.0
     out = tmp_path / "run"
-    process = Forked(arguments(teacher, story_file, out), tmp_path / "log")
+    process = Forked(lambda: main(arguments(teacher, story_file, out)), tmp_path / "log")
     while process.alive():
         time.sleep(0.05)
     said = errors((tmp_path / "log").read_text())
