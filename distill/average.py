@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 RAW = "raw"
@@ -20,8 +20,8 @@ class Average:
     A high learning rate can then be kept for longer: the average of its jumps lies where a low rate would end.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
-        """Begin with the parameters as they are."""
+    def __init__(self, parameters: dict[str, Tensor], decay: float) -> None:
+        """Begin with the parameters as they are: whole, or what this rank holds of them."""
         self.parameters = parameters
         self.decay = decay
         self.values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -49,18 +49,8 @@ class Average:
         finally:
             self.swap()
 
-    def raw(self) -> dict[str, Tensor]:
-        """What trains, by the name in a commit's optimizer file; only while `shown`."""
-        return {f"{name}/{RAW}": value for name, value in self.values.items()}
-
     @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor], put: Callable[[Tensor, Tensor], None]) -> dict[str, Tensor]:
-        """Take the average from the parameters and these from a commit's optimizer file, written by `put`.
-
-        Returns:
-            What else the file holds.
-        """
+    def take(self) -> None:
+        """The parameters were loaded, and hold the average."""
         for name, parameter in self.parameters.items():
             self.values[name] = parameter.detach().clone()
-            put(parameter, tensors[f"{name}/{RAW}"])
-        return {key: value for key, value in tensors.items() if not key.endswith(f"/{RAW}")}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import checkpoint as saved
 from . import files
-from .average import Average
+from .average import RAW, Average
 from .data.batch import Batch
 from .data.source import Source
 from .engine.base import Engine
@@ -132,7 +132,8 @@ class _Run:
         self.parameters = stage.parameters
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in self.parameters.items()}
         self.device = next(iter(self.names)).device
-        self.average = None if settings.average is None else Average(self.parameters, settings.average)
+        held = {name: engine.local(parameter) for name, parameter in self.parameters.items()}
+        self.average = None if settings.average is None else Average(held, settings.average)
         self.spikes = None if settings.spike is None else Spikes(SpikeSettings(**settings.spike))
         self.moment = Moment()
         self.step = self.tokens = 0
@@ -187,7 +188,9 @@ class _Run:
     def _restore_optimizer(self, commit: saved.Checkpoint) -> None:
         optimizer = commit.optimizer()
         if self.average is not None:
-            optimizer = self.average.restore(optimizer, self.engine.put)
+            self.average.take()
+            for name, parameter in self.parameters.items():
+                self.engine.put(parameter, optimizer.pop(f"{name}/{RAW}"))
         self.engine.load_optimizer(optimizer, self.parameters)
         self.engine.loaded()
 
@@ -526,9 +529,10 @@ class _Run:
         if result is not None:
             state["result"] = {k: v for k, v in result.__dict__.items() if k != "path"}
         optimizer = None if result else self.engine.optimizer_tensors(self.names)
+        if optimizer is not None and self.average is not None:
+            raw = self._share(dict(self.parameters))
+            optimizer |= {f"{name}/{RAW}": value.clone() for name, value in raw.items()}
         with self._shown():
-            if optimizer is not None and self.average is not None:
-                optimizer |= self._share(self.average.raw())
             self.committed = self.store.commit(
                 self.stage.name,
                 self.step,

@@ -123,6 +123,10 @@ class Engine:
         """A tensor whole. Where it is sharded all ranks must ask for it, in the same order."""
         return tensor.detach()
 
+    def local(self, tensor: nn.Parameter) -> Tensor:
+        """What this rank holds of a parameter, for what is done element by element."""
+        return tensor
+
     def put(self, tensor: Tensor, value: Tensor) -> None:
         """Write a whole value into a tensor, sharded or not."""
         with torch.no_grad():

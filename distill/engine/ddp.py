@@ -58,7 +58,7 @@ class Ddp(Engine):
             from accelerate import Accelerator
             from accelerate.utils import DistributedDataParallelKwargs
 
-            kwargs = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+            kwargs = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
             accelerator = Accelerator(cpu=self.world.device.type == "cpu", kwargs_handlers=[kwargs])
             if accelerator.num_processes != self.world.size:
                 raise MachineError(f"ddp: accelerate sees {accelerator.num_processes} of {self.world.size} processes")

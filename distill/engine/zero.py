@@ -207,6 +207,10 @@ class Zero(Engine):
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
 
+    def local(self, tensor: nn.Parameter) -> Tensor:
+        """This rank's shard under ZeRO-3."""
+        return getattr(tensor, "ds_tensor", tensor)
+
     def put(self, tensor: Tensor, value: Tensor) -> None:
         """Into the shards of all ranks under ZeRO-3."""
         if not hasattr(tensor, "ds_id"):
@@ -237,6 +241,7 @@ class Zero(Engine):
         steps = self._steps()
         if steps is None:
             return made
+        self._link()
         for name, parameter in self.parameters.items():
             for kind in _KINDS:
                 whole: Any = safe_get_full_optimizer_state(parameter, kind)
@@ -261,8 +266,7 @@ class Zero(Engine):
         for group in base.param_groups:
             for flat in group["params"]:
                 base.state[flat] = {"step": step.clone()} | {kind: torch.zeros_like(flat) for kind in _KINDS}
-        if hasattr(self.optimizer, "_lazy_init_hp_params_optimizer_state"):
-            self.optimizer._lazy_init_hp_params_optimizer_state()
+        self._link()
         for name, parameter in parameters.items():
             for kind in _KINDS:
                 safe_set_full_optimizer_state(parameter, tensors[f"{name}/{kind}"].to(parameter.device), kind)
@@ -282,6 +286,12 @@ class Zero(Engine):
         for name in self.parameters:
             found[f"layer {name.split('.')[0]}"].append(name)
         return found
+
+    def _link(self) -> None:
+        """Have ZeRO-1 and 2 find their optimizer's state: with several groups they look too early by themselves."""
+        if hasattr(self.optimizer, "_lazy_init_hp_params_optimizer_state"):
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _steps(self) -> float | None:
         """Steps that DeepSpeed's optimizer has done; None before the first."""
