@@ -263,8 +263,10 @@ class Zero(Engine):
             return
         base = self.optimizer.optimizer
         step = next(value for key, value in tensors.items() if key.endswith("/step"))
-        for group in base.param_groups:
-            for flat in group["params"]:
+        # ZeRO-3 gives its optimizer the shards only while it steps.
+        groups = [group["params"] for group in base.param_groups]
+        for held in [getattr(self.optimizer, "fp32_partitioned_groups_flat", [])] if self.stage == 3 else groups:
+            for flat in held:
                 base.state[flat] = {"step": step.clone()} | {kind: torch.zeros_like(flat) for kind in _KINDS}
         self._link()
         for name, parameter in parameters.items():
