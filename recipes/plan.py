@@ -400,8 +400,7 @@ def _stage(
         notes.append(stream_costs.note(stage.name, needs, stream))
         whole = stream_costs.memory(whole, stream, settings, teacher, layers, counts, recipe.teacher.dtype)
     ranks = _ranks(recipe, stage.kind, teacher, counts, whole, needs_teacher, world)
-    adapted = trained if lora is not None else 0
-    train = getattr(stage, "train", "all")
+    train, adapted = getattr(stage, "train", "all"), 0 if lora is None else trained
     each = costs.flops_per_token(teacher, layers, stage.kind, length, runs_teacher, train, adapted, align)
     return StagePlan(
         stage.kind,
