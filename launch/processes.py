@@ -155,6 +155,7 @@ class Worker:
             self.killed = True
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.kill()
             self.process.wait()
 
     def close(self) -> None:

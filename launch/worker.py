@@ -77,7 +77,10 @@ def watch_launcher() -> None:
         with contextlib.suppress(OSError, ValueError):
             while os.read(0, 1024):
                 pass
-        print("the launcher is gone: saving and stopping", file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):
+            if rank() == 0:  # its stderr went through the launcher: who writes there now would fail
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            print("the launcher is gone: saving and stopping", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True, name="launcher").start()

@@ -33,7 +33,8 @@ def until_signal(code, after=0.0):
     came = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: came.append(number))
-    open(sys.argv[2] + f"/ready-{rank}", "w").close()
+    with open(sys.argv[2] + f"/ready-{rank}", "w") as file:
+        file.write(str(os.getpid()))
     while not came:
         time.sleep(0.01)
     print("came", signal.Signals(came[0]).name, file=sys.stderr)
@@ -214,9 +215,14 @@ def test_processes_stop_when_their_launcher_is_killed(stub, tmp_path):
     when_ready(tmp_path, 2, launcher.kill).join()
     launcher.wait()
     until = time.monotonic() + 20
-    log = tmp_path / "rank-1.log"
-    while "came SIGTERM" not in log.read_text() and time.monotonic() < until:
+    pids = [int(path.read_text()) for path in tmp_path.glob("ready-*")]
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < until:
         time.sleep(0.05)
+    left = [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == [], "rank 0, whose stderr went through the launcher, stops as well"
+    log = tmp_path / "rank-1.log"
     assert "the launcher is gone" in log.read_text() and "came SIGTERM" in log.read_text()
 
 
