@@ -51,7 +51,7 @@ class RunLock:
         with files.disk_guard(self.path):
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor)
         except OSError as error:
             os.close(descriptor)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
@@ -86,6 +86,18 @@ class RunLock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def _lock(descriptor: int) -> None:
+    """Lock without waiting for a run; whoever only looks (`holder`) is gone after an instant."""
+    for attempt in range(5):
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES) or attempt == 4:
+                raise
+            time.sleep(0.02)
+    return None
 
 
 def check_free(folder: Path | str) -> None:

@@ -200,6 +200,7 @@ def _beyond(job: Job, recipe: Recipe, shape: Shape, export: Path) -> dict[str, A
     if shape.window and shape.group == "window" and recipe.layers.mixer != "swa":
         teacher = load_teacher(locate(recipe.teacher.model))
         session = open_session(recipe, resume=True, max_hours=None, progress=Silent(), start=_start(recipe))
+        session.close()
         found["branches"] = {}
         for branch in ("both", "window", "linear"):
             with only(model, branch):

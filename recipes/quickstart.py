@@ -127,6 +127,7 @@ def _best_layer(recipe: Recipe, teacher: Teacher, out: Path, progress: Progress)
     for layer, mixer in mixers.items():
         mixer.load_state_dict({key: weights[f"{layer}.{key}"] for key in mixer.state_dict()})
     batches = list(eval_set(session, TRIAL_TOKENS))
+    session.close()
     progress.note("which layer keeps its attention: trying each in the aligned model")
     kl = {}
     hybrid = Hybrid(teacher, mixers)

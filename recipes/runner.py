@@ -403,8 +403,7 @@ def _finish(session: Session) -> dict[str, Any]:
     elif session.student is None:
         session.student = assemble(session.teacher, session.mixers)
     elif last is not None and last.best_path is not None and last.best_path != last.path:
-        store = {commit.path: commit for commit in checkpoint.Checkpoints(folder / "checkpoints").all(last.stage)}
-        load_student(session.student, store[last.best_path])
+        _load_best(session, last.stage, last.best_path)
     fidelity = None
     if len(session.corpus.valid) and not apart:
         device = next(session.student.parameters()).device
@@ -454,6 +453,17 @@ def _finish(session: Session) -> dict[str, Any]:
     files.write_json(folder / "result.json", result)
     write_manifest(folder, complete=True)
     return result | {"table": text}
+
+
+def _load_best(session: Session, stage: str, path: Path) -> None:
+    """The best step's weights into the student; a damaged save leaves it as it ended, and is said."""
+    found = checkpoint.Checkpoints(session.folder / "checkpoints").all(stage)
+    best = next((commit for commit in found if commit.path == path), None)
+    problem = f"{path}: not a whole checkpoint" if best is None else best.damage()
+    if best is None or problem is not None:
+        session.progress.note(f"warning: {problem}. The last step is exported in the best one's stead")
+    else:
+        load_student(session.student, best)
 
 
 def result_rows(session: Session, fidelity: dict[str, Any] | None) -> list[Row]:

@@ -113,11 +113,11 @@ def select(
     if run is not None:
         _check_run(run, linear, teacher.num_layers)
     _check_folder(folder, linear, resume)
-    session = open_session(linear, resume=True, max_hours=None, progress=progress or Silent(), start=run)
-    if not work(session, run):
-        return {"status": "stopped", "run": str(folder), "table": "stopped while aligning; go on with --resume"}
-    with stop_signals() as stopped:
-        made = _score(session, given, settings, folder, stopped)
+    with open_session(linear, resume=True, max_hours=None, progress=progress or Silent(), start=run) as session:
+        if not work(session, run):
+            return {"status": "stopped", "run": str(folder), "table": "stopped while aligning; go on with --resume"}
+        with stop_signals() as stopped:
+            made = _score(session, given, settings, folder, stopped)
     if made is None:
         return {"status": "stopped", "run": str(folder), "table": "stopped; the same command goes on from here"}
     return made

@@ -1,4 +1,4 @@
-"""Runs survive: kill -9 at random moments, damaged and foreign files, full disks, dead and hung ranks, trackers."""
+"""Runs survive: kill -9 at random moments, damaged and foreign files, full disks, dead and hung ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file
 
 from relinear.distill import checkpoint, files, lock, manifest
-from relinear.distill.errors import MachineError, UserError
+from relinear.distill.errors import UserError
 from relinear.distill.teacher import load_model, load_teacher
 from relinear.launch.main import main
 from relinear.recipes import loader, runner
@@ -585,95 +585,3 @@ def test_shards_outside_of_the_teachers_folder_are_refused(teacher: Path, tmp_pa
 def test_names_in_a_recipe_never_lead_out_of_the_run_folder(teacher: Path, story_file: Path, change: str) -> None:
     with pytest.raises(UserError):
         recipe(teacher, story_file, Path("run"), change)
-
-
-# Trackers.
-
-
-@pytest.fixture
-def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A module in wandb's place, without `init` so far."""
-    import types
-
-    fake = types.ModuleType("wandb")
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    return fake
-
-
-class Talk(runner.Silent):
-    """A progress that remembers its notes."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.said.append(text)
-
-
-@pytest.mark.parametrize("how", ["init raises", "log raises", "finish raises", "init hangs", "log hangs"])
-def test_trouble_with_wandb_never_stops_a_run(
-    first: Path, teacher: Path, story_file: Path, tmp_path: Path, fake_wandb: Any, how: str, monkeypatch: Any
-) -> None:
-    from relinear.recipes import trackers
-
-    what, does = how.split()
-
-    def trouble(*_: Any, **__: Any) -> Any:
-        if does == "raises":
-            raise ConnectionError("the server is down")
-        time.sleep(60)
-
-    class Run:
-        log = staticmethod(trouble if what == "log" else lambda record: None)
-        finish = staticmethod(trouble if what == "finish" else lambda: None)
-
-    fake_wandb.init = trouble if what == "init" else lambda **given: Run()
-    monkeypatch.setattr(trackers, "PATIENCE", 0.3)
-    talk = Talk()
-    began = time.monotonic()
-    result = runner.run(recipe(teacher, story_file, tmp_path / "run", "track.wandb=mine"), progress=talk)
-    assert result["status"] == "complete" and time.monotonic() - began < 60
-    said = [line for line in talk.said if line.startswith("wandb")]
-    assert len(said) == 1 and ("the server is down" if does == "raises" else "does not answer") in said[0]
-    assert "metrics.jsonl has everything" in said[0]
-    assert same(weights(tmp_path / "run"), weights(first)) and numbers(tmp_path / "run") == numbers(first)
-
-
-def test_wandb_itself_offline_gets_the_metrics_into_the_run_folder(
-    teacher: Path, story_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.chdir(tmp_path)
-    talk = Talk()
-    changed = ["track.wandb=mine", "track.wandb_mode=offline"]
-    code = "import sys; from relinear.launch.main import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, *arguments(teacher, story_file, tmp_path / "run", *changed)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert not [line for line in done.stderr.splitlines() if line.startswith("wandb: ")], done.stderr
-    found = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(found) == 1 and b"align/loss" in found[0].read_bytes()
-    assert [path.name for path in tmp_path.iterdir()] == ["run"] and talk.said == []
-
-
-def test_tensorboard_gets_the_metrics(teacher: Path, story_file: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    runner.run(recipe(teacher, story_file, tmp_path / "run", "track.tensorboard=true"))
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    losses = [event.value for event in events.Scalars("align/loss")]
-    written = [line["loss"] for line in numbers(tmp_path / "run") if line["stage"] == "align" and "loss" in line]
-    assert losses[0] == pytest.approx(written[0]) and len(losses) >= len(written)
-
-
-def test_a_tracker_that_is_not_installed_is_said_before_any_work(
-    teacher: Path, story_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for package, change in (("wandb", "track.wandb=mine"), ("tensorboard", "track.tensorboard=true")):
-        monkeypatch.setitem(sys.modules, package, None)
-        with pytest.raises(MachineError, match=rf"relinear\[{package}\]"):
-            runner.run(recipe(teacher, story_file, tmp_path / "run", change))
-    assert not (tmp_path / "run").exists()

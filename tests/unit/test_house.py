@@ -148,6 +148,23 @@ def test_import_directions(room):
     assert wrong == []
 
 
+def test_nothing_read_can_run_code():
+    """No pickle, no code of others but where a flag or its very purpose says so."""
+    forbidden = re.compile(
+        r"\bpickle\b|allow_pickle=True|weights_only=False|yaml\.load\(|\bexec\(|trust_remote_code=True"
+    )
+    asked = {"distill/verify_child.py", "distill/card.py"}  # runs an export as its users will; says how
+    wrong = []
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        if str(path.relative_to(ROOT)) not in asked:
+            wrong += [f"{path.relative_to(ROOT)}: {found}" for found in forbidden.findall(text)]
+        wrong += [
+            f"{path}: torch.load" for call in re.findall(r"torch\.load\(.*", text) if "weights_only=True" not in call
+        ]
+    assert wrong == []
+
+
 def test_mixers_import_torch_only():
     wrong = []
     for name, path in NAMES.items():
