@@ -75,6 +75,8 @@ def export(
         from .stream.export import StreamedWeights
         from .student import student_config
 
+        if step not in ("best", "last", newest.step):
+            raise UserError(f"{run}: stage {newest.stage} has no saved step {step}. Saved: {newest.step}")
         plan = _plan(record)
         parts = StreamedWeights(teacher, plan, newest, dtype)  # pyright: ignore[reportArgumentType]
 

@@ -127,7 +127,7 @@ class Work:
         """Nothing of the layer is left to train."""
         if layer not in self.plan:
             return True
-        ended = layer_result(self.layer_folder(layer), self.name) is not None
+        ended = (self.layer_folder(layer) / DONE).exists()  # no more: another worker may be about to clear all away
         return ended and (not self.hands_on(layer) or self.handed(layer).finished)
 
     def stopped(self) -> bool:
