@@ -50,7 +50,7 @@ TORCH_BOUND = {
     "recipes.calibration",
     *("recipes.logit_caches", "recipes.bench_logits"),
     *(f"recipes.select.{name}" for name in ("run", "evaluate", "forward", "attention", "guided")),
-    *("recipes.runner", "recipes.session", "recipes.quickstart", "recipes.embedded.train"),
+    *("recipes.runner", "recipes.session", "recipes.streaming", "recipes.quickstart", "recipes.embedded.train"),
     *("recipes.bench", "recipes.bench_ops", "recipes.bench_cases", "recipes.bench_steps"),
     *("recipes.bench_measure", "recipes.bench_baselines", "recipes.bench_methods_job"),
 }
