@@ -15,6 +15,7 @@ through its `safe_get_full_…`, so that any engine reads them.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -63,6 +64,8 @@ class Zero(Engine):
 
     def check(self) -> None:
         """Assert that DeepSpeed sees the same ranks."""
+        # DeepSpeed calls torch by names that torch 2.13 announces to rename, once per message.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         check_ranks(self)
         assert deepspeed.comm.get_world_size() == self.world.size, "DeepSpeed sees another number of ranks"

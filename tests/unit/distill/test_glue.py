@@ -271,3 +271,40 @@ def test_wrong_settings_and_heads(teacher: Teacher, student_of: Callable[..., An
     teacher.model.lm_head = torch.nn.Sequential(teacher.model.lm_head)
     with pytest.raises(UserError, match=r"its output head is Sequential, glue knows nn\.Linear only"):
         glue_stage(teacher, student, SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["gated_deltanet", "rwkv7"])
+def test_checkpointing_changes_no_gradient(
+    teacher: Teacher, student_of: Callable[..., Any], batch_of: Callable[..., Batch], name: str
+) -> None:
+    """RWKV-7's v_first passes between blocks beside their outputs."""
+    student, batch = student_of(teacher, [0, 1, 3], name), batch_of(1)
+    found, passes = [], []
+    student.base_model.layers[1].mlp.register_forward_pre_hook(lambda *_: passes.append("forward"))
+    for checkpointing in (False, True):
+        stage = glue_stage(teacher, student, replace(SETTINGS, checkpointing=checkpointing))
+        student.train()
+        stage.step(batch, stage.count(batch))
+        found.append({key: p.grad.clone() for key, p in student.named_parameters() if p.grad is not None})
+        student.zero_grad()
+    assert len(passes) == 1 + 2
+    assert found[0].keys() == found[1].keys()
+    for key, grad in found[0].items():
+        torch.testing.assert_close(found[1][key], grad, rtol=1e-5, atol=1e-8, msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+def test_compiled_mixers_train_as_others_do(
+    teacher: Teacher, student_of: Callable[..., Any], batch_of: Callable[..., Batch]
+) -> None:
+    student, batch = student_of(teacher, [1, 3], "gated_deltanet"), batch_of(1)
+    losses, grads = [], []
+    for compiled in (False, True):
+        stage = glue_stage(teacher, student, replace(SETTINGS, compile=compiled))
+        losses.append(stage.step(batch, stage.count(batch))["loss"].item())
+        grads.append({key: p.grad.clone() for key, p in student.named_parameters() if p.grad is not None})
+        student.zero_grad()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for key, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][key], grad, rtol=1e-3, atol=1e-6, msg=key)
