@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pickle
 import random
 import resource
 import runpy
@@ -26,7 +25,6 @@ from safetensors.torch import load_file
 
 from relinear.distill import checkpoint, files, lock, manifest
 from relinear.distill.errors import UserError
-from relinear.distill.teacher import load_model, load_teacher
 from relinear.launch.main import main
 from relinear.recipes import loader, runner
 
@@ -153,16 +151,15 @@ class Forked:
             self.code = os.waitstatus_to_exitcode(status)
 
 
-def disturb(process: Any, folder: Path, rng: random.Random, usual: float) -> None:
-    """Kill a process at a random time, or at a random change of its folder (which is while it saves)."""
+def await_moment(alive: Callable[[], bool], folder: Path, rng: random.Random, usual: float) -> None:
+    """Wait for a random time, or for a random change of the folder (which is while something is saved)."""
     if rng.random() < 0.5:
         end = time.monotonic() + rng.uniform(0.0, usual)
-        while time.monotonic() < end and process.alive():
+        while time.monotonic() < end and alive():
             time.sleep(0.002)
     else:
-        changes(process.alive, folder, rng.randint(1, 40))
+        changes(alive, folder, rng.randint(1, 40))
         time.sleep(rng.uniform(0, 0.02))
-    process.kill()
 
 
 @pytest.mark.slow
@@ -182,7 +179,8 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bits(
             argv = [*arguments(teacher, story_file, out), "--resume"]
             process = Forked(lambda argv=argv: main(argv), tmp_path / "log")
             if attempt < 59 and kills < KILLS:
-                disturb(process, out, rng, usual)
+                await_moment(process.alive, out, rng, usual)
+                process.kill()
             while process.alive():
                 time.sleep(0.01)
             if process.code != -signal.SIGKILL:
@@ -202,25 +200,39 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bits(
 
 
 class Ranks:
-    """Processes of the engine child, and what a launcher does for them: end the others when one has died."""
+    """The ranks of a run, and what a launcher does for them: end the others when one has died."""
 
     GRACE = 20.0
     """Seconds that the others have to notice by themselves: not while they still wait for each other at the start."""
 
-    def __init__(self, engine: str, teacher: Path, folder: Path, count: int, log: Path) -> None:
+    def __init__(self, processes: list[Forked]) -> None:
+        self.processes = processes
+
+    @classmethod
+    def of(cls, work: Callable[[], int | None], count: int, log: Path) -> Ranks:
+        """That many forks which do the work as the ranks of one run."""
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]
 
-        def work(rank: int) -> None:
+        def ranked(rank: int) -> int | None:
             world = {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
             os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | world)
+            return work()
+
+        return cls(
+            [Forked(lambda rank=rank: ranked(rank), log.with_name(f"{log.name}-{rank}")) for rank in range(count)]
+        )
+
+    @classmethod
+    def of_child(cls, engine: str, teacher: Path, folder: Path, count: int, log: Path) -> Ranks:
+        """Ranks of the engine child, which goes on with what the folder holds."""
+
+        def work() -> None:
             sys.argv = [str(CHILD), engine, str(teacher), str(folder), "--resume"]
             runpy.run_path(str(CHILD), run_name="__main__")
 
-        self.processes = [
-            Forked(lambda rank=rank: work(rank), log.with_name(f"{log.name}-{rank}")) for rank in range(count)
-        ]
+        return cls.of(work, count, log)
 
     def alive(self) -> bool:
         return all(process.alive() for process in self.processes)
@@ -243,9 +255,11 @@ class Ranks:
 @pytest.fixture(scope="module")
 def two_ranks(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     """DDP with two processes, undisturbed, and the seconds that it took."""
+    from accelerate import PartialState  # noqa: F401  (forks have it then)
+
     folder = tmp_path_factory.mktemp("two") / "run"
     began = time.monotonic()
-    assert Ranks("ddp", teacher, folder, 2, folder.parent / "log").codes() == [0, 0]
+    assert Ranks.of_child("ddp", teacher, folder, 2, folder.parent / "log").codes() == [0, 0]
     return folder, time.monotonic() - began
 
 
@@ -260,11 +274,9 @@ def test_killed_at_random_moments_two_ranks_end_in_the_same_bits(
     while kills < wanted:
         out = tmp_path / f"run-{ended}"
         for attempt in range(40):
-            ranks = Ranks("ddp", teacher, out, 2, tmp_path / "log")
+            ranks = Ranks.of_child("ddp", teacher, out, 2, tmp_path / "log")
             if attempt < 39 and kills < wanted:
-                end = time.monotonic() + rng.uniform(0.0, 1.2) * usual
-                while time.monotonic() < end and ranks.alive():
-                    time.sleep(0.01)
+                await_moment(ranks.alive, out, rng, usual)
                 if ranks.alive():
                     ranks.kill(rng.choice([[0], [1], [0, 1]]))
             codes = ranks.codes()
@@ -285,12 +297,12 @@ def test_a_rank_that_dies_ends_the_other_and_harms_nothing(
     two_ranks: tuple[Path, float], teacher: Path, tmp_path: Path
 ) -> None:
     straight, _ = two_ranks
-    ranks = Ranks("ddp", teacher, tmp_path / "run", 2, tmp_path / "log")
+    ranks = Ranks.of_child("ddp", teacher, tmp_path / "run", 2, tmp_path / "log")
     assert changes(ranks.alive, tmp_path / "run", 12)
     ranks.kill([1])
     codes = ranks.codes()
     assert codes[1] == -signal.SIGKILL and codes[0] == 1  # by itself, as the message of a lost peer came
-    assert Ranks("ddp", teacher, tmp_path / "run", 2, tmp_path / "log").codes() == [0, 0]
+    assert Ranks.of_child("ddp", teacher, tmp_path / "run", 2, tmp_path / "log").codes() == [0, 0]
     for stage in ("align", "glue"):
         made, held = (
             checkpoint.Checkpoints(f / "checkpoints").require_complete(stage) for f in (tmp_path / "run", straight)
@@ -492,96 +504,24 @@ def test_a_hung_step_ends_with_stacks_and_measuring_does_not(
     assert same(weights(out), weights(first))
 
 
-# Code and names from files.
-
-
-class Payload:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return (os.mkdir, (str(self.path),))
-
-
-def test_a_pickle_beside_or_in_place_of_weights_is_not_executed(
-    first: Path, teacher: Path, story_file: Path, tmp_path: Path
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP")
+def test_a_rank_that_hangs_ends_the_run_with_the_others_stacks(
+    teacher: Path, story_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mark, copy = tmp_path / "executed", tmp_path / "teacher"
-    evil = pickle.dumps(Payload(mark))
-    shutil.copytree(teacher, copy)
-    for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "model.bin", "tokenizer.pkl"):
-        (copy / name).write_bytes(evil)
-    load_teacher(copy)
-    load_model(copy)
-    (copy / "model.safetensors").unlink()
-    for load in (load_teacher, load_model):
-        with pytest.raises(UserError, match=r"model\.safetensors: not found.*relinear reads safetensors"):
-            load(copy)
-    (copy / "model.safetensors").write_bytes(evil)
-    with pytest.raises(UserError, match=r"model\.safetensors: (truncated or corrupt|.*too short)"):
-        load_teacher(copy)
-    # In a run: every file of a checkpoint is one; the stage begins anew.
-    run = tmp_path / "run"
-    shutil.copytree(first, run)
-    for name in ("result.json", "manifest.json"):
-        (run / name).unlink()
-    for path in (run / "checkpoints").glob("*/*.safetensors"):
-        path.write_bytes(evil)
-    assert main([*arguments(teacher, story_file, run), "--resume"]) == 0
-    assert not mark.exists() and same(weights(run), weights(first))
-    assert os.mkdir  # the payload does work:
-    pickle.loads(evil)
-    assert mark.exists()
-
-
-def test_code_and_adapters_of_a_teacher_need_more_than_its_folder(teacher: Path, tmp_path: Path) -> None:
-    copy, mark = tmp_path / "teacher", tmp_path / "executed"
-    shutil.copytree(teacher, copy)
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "evil.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
-    config["auto_map"] = {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}
-    (copy / "config.json").write_text(json.dumps(config))
-    load_teacher(copy)  # a known family: its own code is transformers'
-    with pytest.raises(UserError, match=r"runs its own code.*--trust-remote-code"):
-        load_model(copy)
-    tokenizer = json.loads((copy / "tokenizer_config.json").read_text())
-    (copy / "tokenizer_config.json").write_text(
-        json.dumps(tokenizer | {"auto_map": {"AutoTokenizer": ["evil.T", None]}})
-    )
-    with contextlib.suppress(UserError):
-        load_teacher(copy)
-    assert not mark.exists()
-    (copy / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "elsewhere"}))
-    with pytest.raises(UserError, match=r"adapter_config\.json: this folder holds an adapter"):
-        load_teacher(copy)
-
-
-def test_shards_outside_of_the_teachers_folder_are_refused(teacher: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "teacher"
-    shutil.copytree(teacher, copy)
-    (copy / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
-    index = {"metadata": {}, "weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
-    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"index\.json: names the file '\.\./elsewhere\.safetensors'"):
-        load_teacher(copy)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        'stages=[{transfer: {}}, {align: {tokens: 1k, name: "../../away"}}]',
-        'stages=[{transfer: {}}, {align: {tokens: 1k, name: "a/b"}}]',
-        'stages=[{transfer: {}}, {calibrate: {name: "run"}}]',
-        'stages=[{transfer: {}}, {align: {tokens: 1k, name: "export"}}]',
-        'stages=[{transfer: {}}, {align: {tokens: 1k, name: "glue"}}]',
-        "track.wandb=../../away",
-        "publish.repo=../../away",
-        "publish.repo=a/b/c",
-        "layers.mixer=../../away",
-    ],
-)
-def test_names_in_a_recipe_never_lead_out_of_the_run_folder(teacher: Path, story_file: Path, change: str) -> None:
-    with pytest.raises(UserError):
-        recipe(teacher, story_file, Path("run"), change)
+    watched = runner.Watchdog
+    monkeypatch.setattr(runner, "Watchdog", lambda seconds, *more: watched(min(seconds, 6.0), *more))
+    out = tmp_path / "run"
+    argv = arguments(teacher, story_file, out, "engine.parallel=ddp")
+    ranks = Ranks.of(lambda: main(argv), 2, tmp_path / "log")
+    while ranks.alive() and not list(out.glob("checkpoints/align-*/state.json")):
+        time.sleep(0.01)
+    assert ranks.alive(), (tmp_path / "log-0").read_text()
+    os.kill(ranks.processes[1].pid, signal.SIGSTOP)
+    while ranks.processes[0].alive():
+        time.sleep(0.05)
+    ranks.kill([1])
+    said = errors((tmp_path / "log-0").read_text())
+    assert ranks.processes[0].code == 1 and len(said) == 1, said
+    assert said[0].startswith("error: rank 0 (process ") and "has made no progress for" in said[0]
+    assert "distributed_c10d.py" in (out / "logs" / "hung-rank-0.txt").read_text()  # it waits for the other

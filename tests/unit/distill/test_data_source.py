@@ -319,3 +319,27 @@ def test_bad_settings(data: dict[str, Any], message: str, tokenizer: Any) -> Non
 def test_evaluation_reads_local_text_only(tokenizer: Any) -> None:
     with pytest.raises(UserError, match="wikitext: no such file"):
         read_tokens("wikitext", tokenizer=tokenizer)
+
+
+def test_a_file_that_changes_while_it_is_streamed_is_found(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "stories.jsonl"
+    lines = [json.dumps({"text": f"Story {number}. The fox saw the {number} hens."}) for number in range(400)]
+    path.write_text("\n".join(lines))
+
+    def opened() -> Any:
+        given = {"source": str(path), "stream": True, "valid_fraction": 0.0}
+        return open_corpus(tokenizer=tokenizer, **given).train(seq_len=16, batch=2, shuffle_buffer=8)
+
+    source = opened()
+    source.next_batch()
+    state = source.state_dict()
+    path.write_text("\n".join([*lines[:-1], json.dumps({"text": "Another end."})]))
+    with pytest.raises(UserError, match=r"stories\.jsonl: changed while the run was reading it"):
+        for _ in range(60):
+            source.next_batch()
+    with pytest.raises(UserError, match=r"data: the checkpoint was made with data .*files"):
+        opened().load_state_dict(state)
+    path.unlink()
+    with pytest.raises(UserError, match=r"stories\.jsonl: gone or unreadable|no such file"):
+        for _ in range(60):
+            source.next_batch()
