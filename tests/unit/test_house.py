@@ -52,6 +52,7 @@ TORCH_BOUND = {
     *(f"recipes.select.{name}" for name in ("run", "evaluate", "forward", "attention", "guided")),
     *("recipes.runner", "recipes.session", "recipes.streaming", "recipes.quickstart", "recipes.embedded.train"),
     *("recipes.bench", "recipes.bench_ops", "recipes.bench_cases", "recipes.bench_steps"),
+    *("recipes.bench_ranks", "recipes.bench_train"),
     *("recipes.bench_measure", "recipes.bench_baselines", "recipes.bench_methods_job"),
 }
 
