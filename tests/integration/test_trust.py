@@ -327,13 +327,17 @@ def test_two_runs_never_share_a_folder(
     assert lock.holder(first) is None
 
 
-def test_a_finished_run_knows_its_files(first: Path, teacher: Path, story_file: Path, tmp_path: Path) -> None:
+def test_a_finished_run_knows_its_files(
+    first: Path, teacher: Path, story_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert manifest.check_manifest(first) == []
     listed = json.loads((first / manifest.MANIFEST).read_text())
     assert listed["complete"] and {"run.json", "metrics.jsonl", "export/model.safetensors"} <= listed["files"].keys()
     copy = tmp_path / "copy"
     shutil.copytree(first, copy)
     flip(copy / "export" / "model.safetensors")
+    assert main(["verify", str(copy)]) == 1
+    assert "1 files are not as the run wrote them" in errors(capsys.readouterr().err)[-1]
 
     class Listener(runner.Silent):
         said: list[str] = []  # noqa: RUF012
