@@ -29,7 +29,7 @@ def prepare(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the sizes and stop before any work.")] = False,
     json: Json = False,
 ) -> None:
-    """Make the caches of the teacher's logits that a recipe's stages read.
+    """Cache the teacher's logits that a recipe's stages read.
 
     Each is made once, for all students of the same teacher, text and settings. Stopped or killed, the same command
     goes on with the next file.

@@ -120,7 +120,11 @@ def test_five_mistakes_are_five_lines_with_their_places(write):
         ("schema: 1", "schema: 1\nseq_len: 512", "mine.yaml:2: seq_len: unknown key. Did you mean data.seq_len?"),
         ("schema: 1", "schema: 1\nextend: rwkv7", "mine.yaml:2: extend: unknown key. Did you mean extends?"),
         ("schema: 1", "schema: 1\nzzz: 1", "mine.yaml:2: zzz: unknown key. Known here: schema, teacher, layers"),
-        ("schema: 1", "schema: 1\nengine: {parallel: ddp}", "engine.parallel: ddp is not available in this version"),
+        (
+            "schema: 1",
+            "schema: 1\nengine: {offload: cpu}",
+            "offload: cpu is DeepSpeed's; write parallel: deepspeed-zero2",
+        ),
         ("schema: 1", "schema: 1\nengine: fast", "mine.yaml:2: engine: expected a mapping, found 'fast'"),
         (
             "schema: 1",
