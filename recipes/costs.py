@@ -33,7 +33,7 @@ PER_LAYER = ("matrix", "align")
 """Stages on the teacher's layer inputs, one layer's graph at a time."""
 # What these tensors do comes before the mixing of tokens, or after it.
 _UNMIXED = ("v_proj", "o_proj", "g_proj", "out_norm", "ln_x", "v0", "v1", "v2", "g0", "g1", "g2")
-CPU_ALLOCATOR = {"align": 0.62, "glue": 0.26}
+CPU_ALLOCATOR = {"align": 0.57, "glue": 0.26}
 """Of the activations, by stage: what glibc's heap does not give back between tensors of other sizes, measured in
 docs/results/train.md. Tensors above 32 MiB, which it maps one by one, leave less."""
 CPU_PROCESS = 15_000_000  # bytes of code and pools that a first step brings in
