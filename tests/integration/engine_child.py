@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("teacher", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--mixer", default="gated_deltanet")
+    parser.add_argument("--offload", default="none")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--kill", default="", help="STAGE:STEP at which every rank is killed")
     parser.add_argument("--settings", default="{}", help="of both stages, JSON")
@@ -62,7 +63,7 @@ def main() -> None:
     parser.add_argument("--stages", default="align,glue")
     given = parser.parse_args()
     torch.use_deterministic_algorithms(True)
-    engine = open_engine(given.engine)
+    engine = open_engine(given.engine, offload=given.offload)
     if hasattr(engine, "persist"):
         engine.persist = 0  # at this size all weights would stay whole
     world = engine.world

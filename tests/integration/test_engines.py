@@ -99,6 +99,17 @@ def test_parts_averages_rates_and_layer_losses(engine: str, llama: Path, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["deepspeed-zero2", "deepspeed-zero3"])
+def test_an_offloaded_optimizer_does_the_same(engine: str, alone: Path, llama: Path, tmp_path: Path) -> None:
+    """Killed in between, too: its state is read back from the host's copies."""
+    assert start(engine, llama, tmp_path, "--offload", "cpu", "--kill", "glue:6") == -signal.SIGKILL
+    assert start(engine, llama, tmp_path, "--offload", "cpu", "--resume") == 0
+    for stage, losses in curves(alone).items():
+        assert curves(tmp_path)[stage] == pytest.approx(losses, rel=CURVE), stage
+        agree(weights(tmp_path, stage), weights(alone, stage), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_killed_run_ends_at_the_same_weights(engine: str, llama: Path, tmp_path: Path) -> None:
     assert start(engine, llama, tmp_path / "whole") == 0
