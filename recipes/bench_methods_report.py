@@ -351,7 +351,8 @@ def _tuned(tuned: dict[str, Any]) -> str:
     """The rates that won, as a table."""
     text = (
         "Factors of each recipe's own rates, before glue and from it on, and the batch: the best of the same grid for "
-        "every arm,\nby KL on one seed that no arm is measured with.\n\n"
+        "these\narms, by KL on one seed that no arm is measured with. An arm that is not listed ran with its recipe's "
+        "own rates.\n\n"
         "| arm | before | after | batch | trials | best KL | worst |\n|---|---|---|---|---|---|---|\n"
     )
     for arm, entry in sorted(tuned.items()):
