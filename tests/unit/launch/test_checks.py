@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import errno
 import fcntl
+import importlib
 import json
 import os
 import shutil
