@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .world import World
@@ -43,11 +44,12 @@ class Engine:
     def __init__(self, world: World | None = None) -> None:
         self.world = world or World()
         self.optimizer: Any = None
+        self.wrapper: Any = None  # DDP or DeepSpeed's engine around a stage's `whole`
 
     @property
     def scale(self) -> float:
-        """What a loss is multiplied by before its backward pass, where the wrapper averages gradients over ranks."""
-        return 1.0
+        """What a loss is multiplied by before its backward pass: wrappers average gradients over ranks."""
+        return 1.0 if self.wrapper is None else float(self.world.size)
 
     @property
     def home(self) -> str:
@@ -79,7 +81,7 @@ class Engine:
 
     def end(self) -> None:
         """The stage is over: let go of the wrapper and its hooks."""
-        self.optimizer = None
+        self.wrapper = self.optimizer = None
 
     @contextmanager
     def part(self, last: bool) -> Iterator[None]:
@@ -88,7 +90,7 @@ class Engine:
 
     def call(self, whole: nn.Module, *args: Any) -> Any:
         """Forward of the stage's `whole` module, through what wraps it."""
-        return whole(*args)
+        return (whole if self.wrapper is None else self.wrapper)(*args)
 
     def backward(self, loss: Tensor) -> None:
         """Backward of a loss that `call` gave."""
@@ -103,7 +105,14 @@ class Engine:
         return [torch.nn.utils.get_total_norm(group, foreach=True) for group in grads]
 
     def agree(self, values: Tensor, losses: int, norms: int) -> Tensor:
-        """Losses (the first `losses` values) as of the whole batch, norms after them, then the wish to stop."""
+        """Losses (the first `losses` values) as of the whole batch, norms after them, then the wish to stop.
+
+        Losses and wishes of all ranks are summed; the norms are already those of the summed gradient.
+        """
+        if self.world.size > 1:
+            values = values.clone()
+            values[losses : losses + norms] /= self.world.size
+            dist.all_reduce(values)
         return values
 
     def clip(self, group: Group, norm: float, limit: float) -> None:

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import MachineError
 from .base import Engine, MakeOptimizer
-from .world import World
 
 if TYPE_CHECKING:
     from ..stage import Stage
@@ -31,15 +30,6 @@ class Ddp(Engine):
     """See above."""
 
     name = "ddp"
-
-    def __init__(self, world: World) -> None:
-        super().__init__(world)
-        self.wrapper: Any = None
-
-    @property
-    def scale(self) -> float:
-        """DDP averages over ranks."""
-        return float(self.world.size) if self.wrapper is not None else 1.0
 
     def check(self) -> None:
         """Assert that this is one of several processes that reach each other.
@@ -65,15 +55,6 @@ class Ddp(Engine):
             self.wrapper = accelerator.prepare_model(stage.whole, device_placement=False)
         return self.optimizer
 
-    def end(self) -> None:
-        """Let go of the wrapper."""
-        self.wrapper = None
-        super().end()
-
-    def call(self, whole: nn.Module, *args: Any) -> Any:
-        """Through the wrapper."""
-        return (whole if self.wrapper is None else self.wrapper)(*args)
-
     @contextmanager
     def part(self, last: bool) -> Iterator[None]:
         """Send with the last part alone."""
@@ -89,13 +70,6 @@ class Ddp(Engine):
             grads = [p.grad for p in stage.parameters.values() if p.grad is not None]
             for chunk in chunks(grads, _MESSAGE):
                 self.world.sum_(chunk)
-
-    def agree(self, values: Tensor, losses: int, norms: int) -> Tensor:
-        """Sum losses and stop flag; norms are those of the summed gradient already."""
-        values = values.clone()
-        values[losses : losses + norms] /= self.world.size
-        dist.all_reduce(values)
-        return values
 
 
 def check_ranks(engine: Engine) -> None:

@@ -106,11 +106,6 @@ class Fsdp2(Engine):
         self.optimizer = make()
         return self.optimizer
 
-    @contextmanager
-    def part(self, last: bool) -> Iterator[None]:
-        """Gradients are scattered after every part: adding them up whole would need a whole copy."""
-        yield
-
     def norms(self, groups: list[Group]) -> list[Tensor]:
         """Norms over all shards."""
         made = []
@@ -122,13 +117,6 @@ class Fsdp2(Engine):
             dist.all_reduce(squares)
             made = list(squares.sqrt())
         return made
-
-    def agree(self, values: Tensor, losses: int, norms: int) -> Tensor:
-        """Sum losses and stop flag; norms are those of all shards already."""
-        values = values.clone()
-        values[losses : losses + norms] /= self.world.size
-        dist.all_reduce(values)
-        return values
 
     def clip(self, group: Group, norm: float, limit: float) -> None:
         """Scale this rank's shards."""

@@ -118,11 +118,6 @@ class World:
         for tensor in module.state_dict(keep_vars=True).values():
             dist.broadcast(tensor.detach(), src=0)
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        if self.size > 1:
-            dist.barrier()
-
 
 def open_world(device: str) -> World:
     """This process among those that a launcher started (RANK, WORLD_SIZE and LOCAL_RANK in the environment).

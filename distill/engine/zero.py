@@ -56,7 +56,6 @@ class Zero(Engine):
         self.offload = offload
         self.offload_dir = offload_dir
         self.persist = 100_000  # elements up to which a weight stays whole once gathered, DeepSpeed's own default
-        self.wrapper: Any = None
         self.owners: dict[str, int] = {}
         self.parameters: dict[str, nn.Parameter] = {}
         self._teacher: tuple[Any, Teacher] | None = None
@@ -69,11 +68,6 @@ class Zero(Engine):
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         check_ranks(self)
         assert deepspeed.comm.get_world_size() == self.world.size, "DeepSpeed sees another number of ranks"
-
-    @property
-    def scale(self) -> float:
-        """DeepSpeed averages over ranks."""
-        return float(self.world.size) if self.wrapper is not None else 1.0
 
     def place_teacher(self, teacher: Teacher) -> Teacher:
         """ZeRO-3: a sharded copy. Else the teacher itself."""
@@ -136,12 +130,7 @@ class Zero(Engine):
         """Destroy DeepSpeed's engine: its hooks would stay on the modules."""
         if self.wrapper is not None:
             self.wrapper.destroy()
-        self.wrapper = None
         super().end()
-
-    def call(self, whole: nn.Module, *args: Any) -> Any:
-        """Through DeepSpeed's engine."""
-        return (whole if self.wrapper is None else self.wrapper)(*args)
 
     @contextmanager
     def part(self, last: bool) -> Iterator[None]:
@@ -275,11 +264,6 @@ class Zero(Engine):
         for name, parameter in parameters.items():
             for kind in _KINDS:
                 safe_set_full_optimizer_state(parameter, tensors[f"{name}/{kind}"].to(parameter.device), kind)
-
-    @contextmanager
-    def shown(self, module: nn.Module) -> Iterator[None]:
-        """Modules gather their own weights."""
-        yield
 
     def _by_group(self) -> Iterator[tuple[str, list[nn.Parameter]]]:
         for group, names in self._names().items():
