@@ -16,7 +16,7 @@ from ..distill.data.corpus import Corpus, open_corpus
 from ..distill.data.source import Source
 from ..distill.data.windows import eval_batches
 from ..distill.digest import teacher_fingerprint
-from ..distill.engine import Engine, open_engine
+from ..distill.engine import Engine, close_world, open_engine
 from ..distill.errors import MachineError, UserError
 from ..distill.lock import RunLock, check_free
 from ..distill.lora import require_peft
@@ -111,8 +111,11 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close()
+        # After an error another rank may be gone or wait elsewhere: leaving the group could then wait for it.
+        if kind is None and self.engine.world.size > 1:
+            close_world()
 
 
 def open_session(

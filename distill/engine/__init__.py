@@ -6,11 +6,11 @@ from typing import Any
 
 from ..errors import MachineError, UserError
 from .base import Engine
-from .world import World, open_world
+from .world import World, close_world, open_world
 
 KINDS = ("single", "ddp", "fsdp2", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3")
 
-__all__ = ["KINDS", "Engine", "World", "open_engine", "open_world"]
+__all__ = ["KINDS", "Engine", "World", "close_world", "open_engine", "open_world"]
 
 
 def open_engine(kind: str, device: str = "cpu", offload: str = "none", offload_dir: str | None = None) -> Engine:

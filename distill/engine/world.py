@@ -148,9 +148,17 @@ def open_world(device: str) -> World:
 
 
 def close_world() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the process group, if there is one; `open_world` may then make another.
+
+    Its threads outlive the interpreter otherwise, and one that wants Python's lock then aborts the process: a run that
+    was saved would look like one that crashed.
+    """
+    if not dist.is_initialized():
+        return
+    from accelerate import PartialState
+
+    dist.destroy_process_group()
+    PartialState._reset_state()  # it would take the group for open
 
 
 def _unflatten(flat: Tensor, tensors: list[Tensor]) -> None:

@@ -13,8 +13,7 @@ import torch
 
 from relinear.distill.align import align_stage
 from relinear.distill.data.batch import Batch
-from relinear.distill.engine import open_engine
-from relinear.distill.engine.world import close_world
+from relinear.distill.engine import close_world, open_engine
 from relinear.distill.glue import glue_stage
 from relinear.distill.loop import run_stage
 from relinear.distill.stage import Callbacks, StageSettings
