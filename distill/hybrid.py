@@ -92,7 +92,7 @@ def _inputs(held: list[MixerInputs]) -> Callable[..., tuple[tuple, dict[str, Any
     """A hook before the backbone's forward: what its mixers must know of padding and documents."""
 
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if kwargs.get("past_key_values") is not None:
+        if any(kwargs.get(name) is not None for name in ("cache", "past_key_values")):
             raise ValueError("a teacher with switched layers runs without a cache; assemble a student to generate")
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if mask is not None and (isinstance(mask, dict) or mask.ndim != 2):

@@ -87,7 +87,8 @@ def main(folder: str, work: str) -> None:
         whole = model(ids, use_cache=False).logits
         cut = ids.shape[1] // 2 + 1
         first = model(ids[:, :cut], use_cache=True)
-        second = model(ids[:, cut:], past_key_values=first.past_key_values, use_cache=True)
+        held = "cache" if "cache" in first else "past_key_values"  # renamed in transformers 5.24
+        second = model(ids[:, cut:], **{held: first[held]}, use_cache=True)
         error = (torch.cat([first.logits, second.logits], 1) - whole).abs().max().item()
         return error <= 1e-4 * max(1.0, whole.abs().max().item()), f"largest difference {error:.1e}"
 

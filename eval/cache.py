@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ..distill.modeling.cache import cache_keyword
+
 Progress = Callable[[int, int], None]
 
 
@@ -33,7 +35,7 @@ def cache_bytes(
     changes no size. In that case recurrent layers skip those tokens too: their state has one size from the first token.
 
     Args:
-        model: any causal language model that takes past_key_values.
+        model: any causal language model that takes a cache.
         lengths: context lengths in tokens, each at least 2; they may exceed the model's trained context.
         prefill: tokens that run for real even where attention layers are present.
         chunk: tokens per prefill call.
@@ -86,7 +88,7 @@ class Sequence:
     """One sequence (batch 1) that grows through a model's own cache. Its token ids are arbitrary but fixed.
 
     Attributes:
-        cache: what the model returned as past_key_values; None before the first token.
+        cache: what the model returned as its cache; None before the first token.
         length: tokens in it.
     """
 
@@ -102,6 +104,7 @@ class Sequence:
         accepted = inspect.signature(model.forward).parameters
         self._few_logits = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._positions = "position_ids" in accepted
+        self._keyword = cache_keyword(model)
 
     @torch.no_grad()
     def grow(self, length: int, progress: Callable[[int], None] | None = None) -> None:
@@ -124,11 +127,12 @@ class Sequence:
     def _forward(self, tokens: int) -> None:
         positions = torch.arange(self.length, self.length + tokens, device=self._device)[None]
         ids = (positions * 7919 + 1) % self._vocab  # any ids do; a prime stride visits the whole vocabulary
-        extra = {"position_ids": positions} if self._positions else {}
-        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **extra, **self._few_logits)
-        self.cache = out.get("past_key_values")
+        extra: dict[str, Any] = {"position_ids": positions} if self._positions else {}
+        extra |= {self._keyword: self.cache}
+        out = self.model(input_ids=ids, use_cache=True, **extra, **self._few_logits)
+        self.cache = out.get(self._keyword)
         if self.cache is None:
-            raise ValueError(f"{type(self.model).__name__} returned no past_key_values although use_cache=True")
+            raise ValueError(f"{type(self.model).__name__} returned no {self._keyword} although use_cache=True")
         self.length += tokens
 
     def _growing(self) -> list[Any]:

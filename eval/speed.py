@@ -31,7 +31,7 @@ def decode(
     are taken within a turn, so that a slow spell of the machine touches both sides.
 
     Args:
-        models: name -> any causal language model that takes past_key_values, in eval mode.
+        models: name -> any causal language model that takes a cache, in eval mode.
         lengths: tokens of context, each at least 2; they may exceed the contexts that the models were made for: what a
             step takes does not depend on what it says. A context grows by the `tokens` decoded in each turn.
         repeats: turns. One more before them warms up.

@@ -23,12 +23,18 @@ class MixerInputs:
         padding: (B, T) bool, True at real tokens, or None where every token is real.
         segments: (B, T) integer document numbers, non-decreasing along T, or None where a row is one document. The
             state is reset where the number changes.
+        cache: with a recurrent layer at each mixer's index (the model sees to it), or None. It comes this way because
+            the keyword by which decoder layers hand it on has changed its name in transformers more than once, and a
+            mixer that missed it would start anew at every token.
         shared: values that one layer hands to later ones in the same forward (RWKV-7's `v_first`).
     """
 
-    def __init__(self, padding: torch.Tensor | None = None, segments: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, padding: torch.Tensor | None = None, segments: torch.Tensor | None = None, cache: Any = None
+    ) -> None:
         self.padding = padding
         self.segments = segments
+        self.cache = cache
         self.shared: dict[str, torch.Tensor] = {}
 
 
@@ -168,18 +174,16 @@ class Mixer(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
         mixer_inputs: MixerInputs | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """Stand where attention stood: same arguments, same (output, weights) pair; there are no weights to return.
 
-        `attention_mask` is the one made for softmax attention and is not read: padding and packing arrive in
-        `mixer_inputs`. `past_key_values` must hold a recurrent layer at this layer's index (the model sees to it).
+        `attention_mask` is the one made for softmax attention and is not read, nor is the cache among the keywords:
+        padding, packing and the cache arrive in `mixer_inputs`.
         """
         inputs = mixer_inputs if mixer_inputs is not None else MixerInputs()
-        cache = kwargs.get("layer_past") if past_key_values is None else past_key_values  # GPT-NeoX's name for it
-        layer = cache.layers[self.layer_idx] if cache is not None else None
+        layer = inputs.cache.layers[self.layer_idx] if inputs.cache is not None else None
         state = layer.read() if layer is not None else None
         output, state = self.mix(hidden_states, position_embeddings, inputs, state)
         if layer is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -14,6 +15,16 @@ from transformers.cache_utils import (
     StaticLayer,
     StaticSlidingWindowLayer,
 )
+from transformers.masking_utils import create_causal_mask
+
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""By what name models take the cache and return it: transformers renamed it in 5.24."""
+
+
+def cache_keyword(model: Any) -> str:
+    """By what name this very model takes its cache: code that came with a checkpoint may know the older one only."""
+    accepted = inspect.signature(model.forward).parameters
+    return next((name for name in (CACHE, "past_key_values") if name in accepted), CACHE)
 
 
 class MixerCacheLayer(LinearAttentionLayer, CacheLayerMixin):  # pyright: ignore[reportIncompatibleMethodOverride]

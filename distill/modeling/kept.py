@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import create_sliding_window_causal_mask
 
+from .cache import CACHE
 from .config import config_view
 
 _NAME = __name__.replace(".", "_")
@@ -85,7 +86,7 @@ def kept_inputs(
     given: torch.Tensor,
     dtype: torch.dtype,
     attention_mask: Any,
-    past_key_values: Any,
+    cache: Any,
     position_ids: torch.Tensor | None,
     places: torch.Tensor,
 ) -> KeptInputs:
@@ -98,7 +99,7 @@ def kept_inputs(
         given: (B, T, ...) tokens or embeddings.
         dtype: of the hidden states.
         attention_mask: (B, all tokens) as given to the model, or None.
-        past_key_values: the cache, its layers in place, or None.
+        cache: its layers in place, or None.
         position_ids: as given to the model.
         places: (1, T), the positions of these tokens where nobody says otherwise.
 
@@ -115,9 +116,9 @@ def kept_inputs(
                 config=config_view(config, sliding_window=window),
                 inputs_embeds=torch.empty((*given.shape[:2], 0), dtype=dtype, device=given.device),
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=positions,
                 layer_idx=layer,
+                **{CACHE: cache},
             )
     scale = None
     if options.logit_scale is not None:

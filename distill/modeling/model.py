@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_recurrent_attention_mask, find_packed_sequence_indices
 
 from ...mixers.base import Mixer, MixerInputs
-from .cache import install_layers
+from .cache import CACHE, install_layers
 from .config import family_view, geometry, is_first, mixer_plan
 from .kept import change_attention, kept_attention, kept_inputs, windows_of
 
@@ -120,17 +120,22 @@ def model_classes(
             past_key_values: Any = None,
             inputs_embeds: torch.Tensor | None = None,
             use_cache: bool | None = None,
+            cache: Any = None,
             **kwargs: Any,
         ) -> Any:
-            """The family's forward, with a mixer's cache layers, padding and document borders seen to."""
+            """The family's forward, with a mixer's cache layers, padding and document borders seen to.
+
+            `cache` and `past_key_values` are two names of the same.
+            """
+            cache = past_key_values if cache is None else cache
             if not self.mixer_layers and self.kept_attention is None:
                 return super().forward(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
                     position_ids=position_ids,
-                    past_key_values=past_key_values,
                     inputs_embeds=inputs_embeds,
                     use_cache=use_cache,
+                    **{CACHE: cache},
                     **kwargs,
                 )
             given = input_ids if inputs_embeds is None else inputs_embeds
@@ -140,11 +145,12 @@ def model_classes(
                 use_cache = bool(self.config.use_cache)
             if self.gradient_checkpointing and self.training:
                 use_cache = False
-            if use_cache and past_key_values is None:
-                past_key_values = DynamicCache(config=self.config)
-            if past_key_values is not None:
-                install_layers(past_key_values, self.mixer_layers, self.windows)
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+                cache = None  # as decoder layers do: what runs twice would be written twice
+            if use_cache and cache is None:
+                cache = DynamicCache(config=self.config)
+            if cache is not None:
+                install_layers(cache, self.mixer_layers, self.windows)
+            seen = cache.get_seq_length() if cache is not None else 0
             arange = torch.arange(given.shape[1], device=given.device)[None] + seen
             positions = arange if position_ids is None else position_ids
             if self.kept_attention is not None:
@@ -155,7 +161,7 @@ def model_classes(
                     given,
                     self.dtype,
                     attention_mask,
-                    past_key_values,
+                    cache,
                     position_ids,
                     arange,
                 )
@@ -163,10 +169,10 @@ def model_classes(
                 input_ids=input_ids,
                 attention_mask=self._attention_masks(given, attention_mask),
                 position_ids=positions,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
-                mixer_inputs=self._mixer_inputs(given, attention_mask, past_key_values, positions),
+                mixer_inputs=self._mixer_inputs(given, attention_mask, cache, positions),
+                **{CACHE: cache},
                 **kwargs,
             )
 
@@ -188,20 +194,20 @@ def model_classes(
             self,
             given: torch.Tensor,
             attention_mask: torch.Tensor | dict | None,
-            past_key_values: Any,
+            cache: Any,
             position_ids: torch.Tensor,
         ) -> MixerInputs:
-            """Padding and document borders, by the rules that transformers applies to kept attention."""
+            """The cache, and padding and document borders by the rules that transformers applies to kept attention."""
             if isinstance(attention_mask, dict):
                 padding = attention_mask.get("linear_attention")
             else:
-                padding = create_recurrent_attention_mask(self.config, given, attention_mask, past_key_values)
+                padding = create_recurrent_attention_mask(self.config, given, attention_mask, cache)
             segments = None
-            if attention_mask is None and past_key_values is None:
+            if attention_mask is None and cache is None:
                 segments = find_packed_sequence_indices(position_ids)
                 if segments is not None:
                     segments = segments.expand(given.shape[0], -1)
-            return MixerInputs(None if padding is None else padding.bool(), segments)
+            return MixerInputs(None if padding is None else padding.bool(), segments, cache)
 
     class ForCausalLM(StudentBase, base_lm):  # pyright: ignore[reportGeneralTypeIssues]
         config_class = config_type
@@ -217,9 +223,9 @@ def model_classes(
         ) -> Any:
             """Have the model's own layers in the cache before generate first asks for its length."""
             made = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-            if model_kwargs.get("past_key_values") is not None:
+            if model_kwargs.get(CACHE) is not None:
                 backbone = getattr(self, family.backbone)
-                install_layers(model_kwargs["past_key_values"], backbone.mixer_layers, backbone.windows)
+                install_layers(model_kwargs[CACHE], backbone.mixer_layers, backbone.windows)
             return made
 
         @staticmethod

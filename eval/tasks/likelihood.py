@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...distill.modeling.cache import cache_keyword
 from .document import Answer, Document
 from .summary import Score
 
@@ -116,10 +117,11 @@ def option_logits(model: Any, prefixes: torch.Tensor, options: torch.Tensor) -> 
     first = out.logits[:, -1:, None].transpose(1, 2).expand(-1, count, -1, -1)
     if length == 1:
         return first
-    cache: Any = getattr(out, "past_key_values", None)
+    keyword = cache_keyword(model)
+    cache: Any = getattr(out, keyword, None)
     if hasattr(cache, "batch_repeat_interleave"):
         cache.batch_repeat_interleave(count)
-        later = model(input_ids=options[..., :-1].flatten(0, 1), past_key_values=cache, use_cache=True).logits
+        later = model(input_ids=options[..., :-1].flatten(0, 1), use_cache=True, **{keyword: cache}).logits
     else:
         whole = [torch.cat([row.expand(count, -1), own[:, :-1]], 1) for row, own in zip(prefixes, options, strict=True)]
         read = [model(input_ids=ids, use_cache=False, **kept(model, length)).logits for ids in whole]

@@ -147,9 +147,9 @@ class Stack(torch.nn.Module):
         if positions is None:
             positions = torch.arange(x.shape[1]).expand(x.shape[:2])
         rotary = self.rotary(positions, x.dtype)
-        inputs = MixerInputs(padding, segments)
+        inputs = MixerInputs(padding, segments, cache)
         for layer in self.layers:
-            x = x + layer(x, position_embeddings=rotary, past_key_values=cache, mixer_inputs=inputs)[0]
+            x = x + layer(x, position_embeddings=rotary, mixer_inputs=inputs)[0]
         return x
 
 

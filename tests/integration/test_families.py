@@ -27,7 +27,7 @@ from relinear.distill.export import export_student
 from relinear.distill.families import FAMILIES
 from relinear.distill.glue import StudentLoss, glue_stage, glue_step
 from relinear.distill.loop import StageSettings, run_stage
-from relinear.distill.modeling.cache import MixerCacheLayer
+from relinear.distill.modeling.cache import CACHE, MixerCacheLayer
 from relinear.distill.student import assemble, transfer
 from relinear.distill.teacher import Teacher, load_model, load_teacher
 from relinear.eval.logits import ChosenLogits
@@ -173,8 +173,8 @@ def test_cache_padding_and_packing(teacher: Teacher, layers: list[int]) -> None:
     whole = model(tokens, use_cache=False).logits
     cache, pieces = None, []
     for start, stop in ((0, 1), (1, 2), (2, 9), (9, 20), (20, 21)):
-        output = model(tokens[:, start:stop], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(tokens[:, start:stop], use_cache=True, **{CACHE: cache})
+        cache = output[CACHE]
         pieces.append(output.logits)
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=2e-4)
     assert [isinstance(layer, MixerCacheLayer) for layer in cache.layers] == [n in layers for n in range(4)]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from relinear.distill.hybrid import Hybrid
+from relinear.distill.modeling.cache import CACHE
 from relinear.distill.student import assemble, transfer
 from relinear.distill.teacher import load_teacher
 
@@ -86,8 +87,8 @@ def test_what_it_cannot_do_is_said(llama: Any) -> None:
         with pytest.raises(ValueError, match="mask of shape"):
             model(ids, attention_mask=torch.zeros(1, 1, 6, 6))
         cache = teacher.model(ids, use_cache=False)
-        assert cache.past_key_values is None
+        assert cache.get(CACHE) is None
         from transformers.cache_utils import DynamicCache
 
         with pytest.raises(ValueError, match="without a cache"):
-            model(ids, past_key_values=DynamicCache(config=teacher.config))
+            model(ids, **{CACHE: DynamicCache(config=teacher.config)})

@@ -13,7 +13,7 @@ import torch
 
 from relinear.distill.export import export_student
 from relinear.distill.families import FAMILIES
-from relinear.distill.modeling.cache import MixerCacheLayer
+from relinear.distill.modeling.cache import CACHE, MixerCacheLayer
 from relinear.distill.student import assemble, transfer
 from relinear.distill.teacher import Teacher, load_model, load_teacher
 from relinear.mixers.base import MixerInputs
@@ -89,7 +89,7 @@ def test_nothing_beyond_the_window_is_seen(teacher: Teacher) -> None:
     other[0, 0] = tokens[0, 0] % 300 + 3
     moved = (model(tokens).logits - model(other).logits).abs().amax(-1)[0]
     assert (moved[:5] > 0).all() and (moved[5:] == 0).all()  # four layers, each one token back
-    held = model(tokens, use_cache=True).past_key_values
+    held = model(tokens, use_cache=True)[CACHE]
     assert [layer.keys.shape[2] for layer in held.layers] == [1] * 4
 
 
@@ -99,8 +99,8 @@ def test_cache_padding_and_packing(student: Any, teacher: Teacher) -> None:
     whole = student(tokens, use_cache=False).logits
     cache, pieces = None, []
     for start, stop in ((0, 1), (1, 2), (2, 9), (9, 20), (20, 21)):
-        output = student(tokens[:, start:stop], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = student(tokens[:, start:stop], use_cache=True, **{CACHE: cache})
+        cache = output[CACHE]
         pieces.append(output.logits)
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=2e-4)
     assert isinstance(cache.layers[1], MixerCacheLayer)
@@ -189,6 +189,6 @@ def test_masks_and_caches_that_do_not_fit(llama: Path) -> None:
     student = assemble(teacher, {}, {"window": 5})
     with pytest.raises(ValueError, match=r"give a mask of shape \(batch, tokens\), or none"):
         student(ids(), attention_mask=torch.ones(2, 1, 21, 21, dtype=torch.bool))
-    cache = teacher.model(ids(), use_cache=True).past_key_values
+    cache = teacher.model(ids(), use_cache=True)[CACHE]
     with pytest.raises(ValueError, match="keys and values at layer 0, which is a window of its own in this model"):
-        student(ids(), past_key_values=cache)
+        student(ids(), **{CACHE: cache})

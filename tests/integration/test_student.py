@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from relinear.distill.modeling.cache import MixerCacheLayer
+from relinear.distill.modeling.cache import CACHE, MixerCacheLayer
 from relinear.distill.student import assemble, transfer
 from relinear.distill.teacher import load_teacher
 from relinear.mixers import registry
@@ -75,8 +75,8 @@ def test_cache_equals_no_cache(teacher: Path, mixer: str, layers: list[int]) -> 
     whole = model(ids(), use_cache=False).logits
     cache, pieces = None, []
     for start, stop in ((0, 1), (1, 2), (2, 9), (9, 20), (20, 21)):
-        output = model(ids()[:, start:stop], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(ids()[:, start:stop], use_cache=True, **{CACHE: cache})
+        cache = output[CACHE]
         pieces.append(output.logits)
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
     assert cache.get_seq_length() == 21
@@ -89,9 +89,9 @@ def test_a_lost_state_is_noticed(llama: Path, mixer: str) -> None:
     model = student(llama, mixer, [1, 2])
     stateful = registry.spec(mixer).state_bytes(load_teacher(llama).geometry(1), model.mixers()[1].options) > 0
     whole = model(ids(), use_cache=False).logits
-    cache = model(ids()[:, :9], use_cache=True).past_key_values
+    cache = model(ids()[:, :9], use_cache=True)[CACHE]
     cache.layers[1].states = None
-    rest = model(ids()[:, 9:], past_key_values=cache, use_cache=True).logits
+    rest = model(ids()[:, 9:], use_cache=True, **{CACHE: cache}).logits
     assert bool((rest - whole[:, 9:]).abs().max() > 1e-3) == stateful
 
 
@@ -139,11 +139,11 @@ def test_gradient_checkpointing(teacher: Path, mixer: str, checkpointing_keeps_g
 def test_cache_follows_the_batch(llama: Path, mixer: str) -> None:
     model = student(llama, mixer, [0, 1, 2, 3])
     tokens = ids(3)
-    cache = model(tokens[:, :-1], use_cache=True).past_key_values
+    cache = model(tokens[:, :-1], use_cache=True)[CACHE]
     cache.batch_select_indices(torch.tensor([2, 0]))
     cache.batch_repeat_interleave(2)
     rows = torch.tensor([2, 2, 0, 0])
-    last = model(tokens[rows, -1:], past_key_values=cache, use_cache=True).logits
+    last = model(tokens[rows, -1:], use_cache=True, **{CACHE: cache}).logits
     whole = model(tokens[rows], use_cache=False).logits[:, -1:]
     torch.testing.assert_close(last, whole, rtol=1e-4, atol=1e-4)
     with pytest.raises(RuntimeError, match="cannot be cropped"):
@@ -167,17 +167,17 @@ def test_a_cache_that_the_caller_made(llama: Path, mixer: str) -> None:
 
     model = student(llama, mixer, [1, 2])
     cache = DynamicCache(config=model.config)
-    pieces = [model(ids()[:, part], past_key_values=cache).logits for part in (slice(0, 20), slice(20, 21))]
+    pieces = [model(ids()[:, part], **{CACHE: cache}).logits for part in (slice(0, 20), slice(20, 21))]
     torch.testing.assert_close(torch.cat(pieces, 1), model(ids(), use_cache=False).logits, rtol=1e-4, atol=1e-4)
-    assert generate(model, ids(), past_key_values=DynamicCache(config=model.config)).shape == (2, 31)
+    assert generate(model, ids(), **{CACHE: DynamicCache(config=model.config)}).shape == (2, 31)
 
 
 @torch.no_grad()
 def test_a_cache_of_another_model_is_refused(llama: Path, mixer: str) -> None:
     teacher = load_teacher(llama)
-    cache = teacher.model(ids(), use_cache=True).past_key_values
+    cache = teacher.model(ids(), use_cache=True)[CACHE]
     with pytest.raises(ValueError, match="keys and values at layer 1"):
-        student(llama, mixer, [1, 2])(ids(), past_key_values=cache)
+        student(llama, mixer, [1, 2])(ids(), **{CACHE: cache})
 
 
 def test_bfloat16_keeps_decays(teacher: Path, mixer: str, tmp_path: Path) -> None:
