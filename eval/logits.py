@@ -40,6 +40,26 @@ class ChosenLogits:
         else:
             self._held = self.model(**self._inputs(batch)).logits
 
+    def advance(self, ids: torch.Tensor, cache: Any) -> Any:
+        """Forward over the next tokens of the same rows, after those in the model's own cache.
+
+        Args:
+            ids: (B, n) token ids, one document per row and no padding. `at` counts columns from the first of them.
+            cache: what the last call returned, None at the beginning.
+
+        Returns:
+            The cache with these tokens in it.
+
+        Raises:
+            ValueError: the model returns no cache.
+        """
+        out = (self._backbone if self.by_head else self.model)(input_ids=ids, past_key_values=cache, use_cache=True)
+        self._held = out.last_hidden_state if self.by_head else out.logits
+        cache = getattr(out, "past_key_values", None)
+        if cache is None:
+            raise ValueError(f"{type(self.model).__name__} returned no past_key_values although use_cache=True")
+        return cache
+
     def at(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """(n, V) fp32 logits at n positions of the batch that was run last."""
         assert self._held is not None

@@ -34,12 +34,13 @@ def generated(model: Any, tokenizer: Any, documents: Sequence[Document], batch_s
     order = sorted(range(len(prompts)), key=lambda number: prompts[number][1].start)
     scores: list[list[Score]] = [[] for _ in documents]
     found: dict[int, Score] = {}
-    with plain_greedy(model, _padding(tokenizer)):
+    padding = padding_id(tokenizer)
+    with plain_greedy(model, padding):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             texts = [documents[row].ids[: answer.start] for row, answer in (prompts[n] for n in batch)]
             count = max(_longest(prompts[n][1]) for n in batch)
-            for number, ids in zip(batch, _continue(model, texts, count, _padding(tokenizer)), strict=True):
+            for number, ids in zip(batch, continued(model, texts, count, padding), strict=True):
                 row, answer = prompts[number]
                 found[number] = judge(tokenizer, answer, documents[row].ids[answer.start : answer.end], ids)
     for number, (row, _) in enumerate(prompts):
@@ -61,12 +62,16 @@ def _longest(answer: Answer) -> int:
     return max(answer.end - answer.start, *(len(option) for option in answer.also), 1)
 
 
-def _padding(tokenizer: Any) -> int:
+def padding_id(tokenizer: Any) -> int:
+    """A token to pad with; its place is masked."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
-def _continue(model: Any, prompts: list[list[int]], count: int, padding: int) -> list[list[int]]:
-    """`count` greedy token ids after each prompt."""
+def continued(model: Any, prompts: list[list[int]], count: int, padding: int) -> list[list[int]]:
+    """`count` token ids after each prompt, as the model's generation_config says; see `plain_greedy`.
+
+    Needs no_grad. Where all rows end earlier, there are fewer.
+    """
     device = next(model.parameters()).device
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), padding)
@@ -79,12 +84,24 @@ def _continue(model: Any, prompts: list[list[int]], count: int, padding: int) ->
 
 
 @contextmanager
-def plain_greedy(model: Any, padding: int) -> Iterator[None]:
-    """Without the sampling, penalties and limits that a checkpoint's generation_config may ask for."""
+def plain_greedy(model: Any, padding: int, ends: Sequence[int] = (), temperature: float = 0.0) -> Iterator[None]:
+    """Without the sampling, penalties and limits that a checkpoint's generation_config may ask for.
+
+    Args:
+        model: whose generation_config is replaced inside.
+        padding: token to pad with.
+        ends: tokens after which a row is complete; what follows there is padding.
+        temperature: above 0, sample after all, from the whole vocabulary.
+    """
     from transformers import GenerationConfig
 
     before = model.generation_config
-    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=padding, use_cache=True)
+    plain: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        plain = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    model.generation_config = GenerationConfig(
+        pad_token_id=padding, eos_token_id=list(ends) or None, use_cache=True, **plain
+    )
     try:
         yield
     finally:
