@@ -10,6 +10,7 @@ import torch
 from ..distill.data.batch import Batch
 from ..distill.families import FAMILIES
 from ..distill.family import Head
+from ..distill.modeling.cache import cache_keyword
 
 
 class ChosenLogits:
@@ -53,11 +54,13 @@ class ChosenLogits:
         Raises:
             ValueError: the model returns no cache.
         """
-        out = (self._backbone if self.by_head else self.model)(input_ids=ids, past_key_values=cache, use_cache=True)
+        run = self._backbone if self.by_head else self.model
+        keyword = cache_keyword(run)
+        out = run(input_ids=ids, use_cache=True, **{keyword: cache})
         self._held = out.last_hidden_state if self.by_head else out.logits
-        cache = getattr(out, "past_key_values", None)
+        cache = getattr(out, keyword, None)
         if cache is None:
-            raise ValueError(f"{type(self.model).__name__} returned no past_key_values although use_cache=True")
+            raise ValueError(f"{type(self.model).__name__} returned no {keyword} although use_cache=True")
         return cache
 
     def at(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
