@@ -1,5 +1,6 @@
 # make quickstart   install and convert the embedded teacher: the whole main job, about 4 minutes on 2 cores
 # make test         install with the development tools and run the tests
+# make test-oldest  the lowest transformers that pyproject.toml allows: what touches its interface
 # make test-kernels in an environment of its own: other projects' fused kernels against ours, on the CPU
 # make lint         format check, lint and types
 # make install      the virtual environment alone
@@ -10,13 +11,15 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 KERNELS ?= $(VENV)-kernels
+OLDEST ?= $(VENV)-oldest
+PURELIB = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-slow test-kernels lint format clean
+.PHONY: help install install-dev quickstart test test-slow test-oldest test-kernels lint format clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 7
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 8
 
 # The stamps make a second `make` start at once; a change of the pins or of the dependencies installs again.
 install: $(VENV)/.installed
@@ -43,6 +46,19 @@ test: install install-dev
 test-slow: install install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow and not gpu" $(ARGS)
 
+# An environment that sees the packages of $(VENV) behind a transformers of its own.
+$(OLDEST)/.installed: pyproject.toml $(VENV)/.installed-dev
+	$(BIN)/python -m venv --without-pip $(OLDEST)
+	$(BIN)/python -m pip --python $(OLDEST)/bin/python install --quiet --disable-pip-version-check --no-deps \
+		"$$(sed -n 's/^ *"\(transformers\)>=\([0-9.]*\),.*/\1==\2/p' pyproject.toml)"
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" >"$$($(OLDEST)/bin/python $(PURELIB))/outer.pth"
+	@touch $@
+
+OLDEST_TESTS := $(addprefix tests/integration/test_,student.py families.py export.py kept.py hybrid.py attention.py swa.py)
+
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 $(OLDEST_TESTS) $(ARGS)
+
 # fla and Triton on a machine without a GPU break stock models, so they never share an environment with the others.
 # mamba-ssm comes without its CUDA code; where its source cannot be had, its tests are skipped with that reason.
 $(KERNELS)/.installed: pyproject.toml constraints-kernels.txt
@@ -68,4 +84,4 @@ format: install install-dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(KERNELS) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(KERNELS) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache

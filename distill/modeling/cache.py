@@ -45,6 +45,7 @@ class MixerCacheLayer(LinearAttentionLayer, CacheLayerMixin):  # pyright: ignore
         LinearAttentionLayer.__init__(self, number_of_states=1)
         self.states: tuple[torch.Tensor, ...] | None = None
         self.tokens = 0
+        self.beside: CacheLayerMixin | None = None
 
     def read(self) -> tuple[torch.Tensor, ...] | None:
         """The states after the tokens seen so far, None before the first."""
@@ -71,8 +72,8 @@ class MixerCacheLayer(LinearAttentionLayer, CacheLayerMixin):  # pyright: ignore
         return self.tokens
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(key length, offset) as an attention layer that saw the same tokens would give."""
-        return self.tokens + query_length, 0
+        """(key length, offset) of the attention layers beside this one, which may be asked for in their stead."""
+        return (self.tokens + query_length, 0) if self.beside is None else self.beside.get_mask_sizes(query_length)
 
     def get_max_length(self) -> int:
         """No maximum."""
@@ -145,6 +146,12 @@ def install_layers(cache: Cache, mixers: list[int], windows: dict[int, int]) -> 
             what = "a window of its own" if layer in windows else "a mixer"
             raise ValueError(f"past_key_values holds keys and values at layer {layer}, which is {what} in this model")
         cache.layers[layer] = _window_layer(present, windows[layer]) if layer in windows else MixerCacheLayer()
+    # transformers makes one mask for all layers of full attention, as long as the first of them says; since 5.24 it
+    # takes any layer that counts tokens for one. Only a static cache's layers are longer than what they have seen.
+    full = (held for held in cache.layers if isinstance(held, StaticLayer) and not held.is_sliding)
+    beside = next(full, None)
+    for layer in mixers:
+        cache.layers[layer].beside = beside  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _window_layer(present: Any, window: int) -> CacheLayerMixin:
