@@ -59,6 +59,8 @@ class StudentBase:
     _is_stateful = True
     # Compiled decoding with a mixer's cache is not established.
     _can_compile_fullgraph = False
+    # Servers that put their own attention in (vLLM, SGLang) know no mixer's state: let them refuse, not write nonsense.
+    _supports_attention_backend = False
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # pyright: ignore[reportAttributeAccessIssue]

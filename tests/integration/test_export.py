@@ -91,6 +91,15 @@ def test_installed_classes_load_it_without_its_code(export: Path) -> None:
     assert tokenizer.decode(tokenizer("hello")["input_ids"], skip_special_tokens=True) == "hello"
 
 
+def test_servers_with_attention_of_their_own_are_told_no(export: Path, llama: Path) -> None:
+    """vLLM and SGLang ask this before they put their attention in; a mixer's state would be lost without a word."""
+    from transformers import AutoModel
+
+    assert load_teacher(llama).model.is_backend_compatible()
+    assert not AutoModel.from_pretrained(export, trust_remote_code=True).is_backend_compatible()
+    assert not load_model(export)[0].is_backend_compatible()
+
+
 def test_verify_notices_broken_code(export: Path) -> None:
     """A state that is forgotten between tokens must fail the checks that compare with and without cache."""
     path = export / "relinear_distill_modeling_cache.py"
