@@ -66,7 +66,7 @@ def slurm(
 
     changes, count = overrides or [], _nproc(gpus_per_node, nproc)
     check_engine(loader.load(recipe, changes), recipe, changes, nodes * count)
-    name = Path(recipe).stem
+    name = _name(recipe)
     cores = 4 * count if cpus_per_node is None else cpus_per_node
     job = batch.Job(name, nodes, gpus_per_node, count, cores, time, grace, partition, account, qos)
     given = ["--nodes", str(nodes), "--gpus-per-node", str(gpus_per_node)]
@@ -107,7 +107,7 @@ def kubernetes(
     changes, count = overrides or [], _nproc(gpus_per_node, nproc)
     loaded = loader.load(recipe, changes)
     check_engine(loaded, recipe, changes, nodes * count)
-    named = pods.name_of(Path(recipe).stem) if name is None else name
+    named = pods.name_of(_name(recipe)) if name is None else name
     volume = {"claim": claim, "storage": storage, "mount": mount}
     size = {"cpus": cpus, "memory": memory, "shm": shm}
     job = pods.Job(named, image, nodes, gpus_per_node, count, **size, **volume, grace=grace, namespace=namespace)
@@ -116,6 +116,12 @@ def kubernetes(
     if Path(model).expanduser().exists():
         talk(f"teacher.model: {model} is a folder of this machine; it must lie in the pods too, below {mount}")
     _write(out or Path(f"{named}.job.yaml"), text, "kubectl apply -f")
+
+
+def _name(recipe: str) -> str:
+    """A recipe's own name: a file's without its ending, a shipped one's as it is (`qwen2.5-7b-rwkv7`)."""
+    path = Path(recipe)
+    return path.stem if path.suffix in (".yaml", ".yml") else path.name
 
 
 def _nproc(gpus: int, nproc: int | None) -> int:

@@ -193,3 +193,10 @@ def test_the_command_writes_a_new_file_and_checks_the_recipe(tmp_path, monkeypat
         assert cli.main(["slurm", "quickstart", *wrong, "--out", "other"]) == 2
         assert words in capsys.readouterr().err
     assert not Path("other").exists()
+
+
+def test_a_shipped_recipe_with_a_dot_in_its_name_keeps_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["slurm", "qwen2.5-7b-rwkv7", "engine.parallel=fsdp2"]) == 0
+    assert capsys.readouterr().out == "qwen2.5-7b-rwkv7.sbatch\n"
+    assert "#SBATCH --job-name=qwen2.5-7b-rwkv7\n" in Path("qwen2.5-7b-rwkv7.sbatch").read_text()
