@@ -3,6 +3,7 @@
 # make test-oldest  the lowest transformers that pyproject.toml allows: what touches its interface
 # make test-kernels in an environment of its own: other projects' fused kernels against ours, on the CPU
 # make lint         format check, lint and types
+# make docs         build the documentation's site into build/site, warnings as errors
 # make install      the virtual environment alone
 #
 # PYTHON=python3.12 chooses another interpreter, ARGS="…" adds arguments: make test ARGS="-k transfer"
@@ -16,10 +17,10 @@ PURELIB = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-slow test-oldest test-kernels lint format clean
+.PHONY: help install install-dev quickstart test test-slow test-oldest test-kernels lint format docs clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 9
 
 # The stamps make a second `make` start at once; a change of the pins or of the dependencies installs again.
 install: $(VENV)/.installed
@@ -82,6 +83,11 @@ lint: install install-dev
 format: install install-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# mkdocs-material's notice of its successor is no warning about these pages.
+docs: install install-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+	@echo "Read it: build/site/index.html"
 
 clean:
 	rm -rf $(VENV) $(KERNELS) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache

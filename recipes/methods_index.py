@@ -10,6 +10,7 @@ import re
 from . import loader
 from .bench_methods_arms import header
 
+_AT_SIZE = "qwen2.5-7b-rwkv7"
 _INTRODUCTION = """# Published procedures as recipes
 
 What each recipe under `methods/` takes over from its paper, what had to be brought to the size of small teachers, and
@@ -26,21 +27,48 @@ as large; the recipes' own are the middle of the grid that `--tune` searches: th
 glue on, then two other batches, the same for every arm.
 
 This page is made from the recipes' own header comments.
+
+Papers of single mixers stand on the mixers' pages, e.g. [rwkv7](mixers/rwkv7.md).
+
+## By paper
+
+Stages, losses, what trains and how a mixer starts are each paper's own, as "faithful" below lists; the last column is
+what is not.
 """
 
 
 def markdown() -> str:
     """The page."""
     parts = [_INTRODUCTION]
-    rows = ["| recipe | paper | |\n|---|---|---|\n"]
-    for name in loader.methods():
-        said = header(name.partition("/")[2])
-        rows.append(f"| [{name}](#{_anchor(name)}) | {_linked(said['Paper'])} | {said['title']} |\n")
+    rows = ["| paper | recipe | what it does | scaled |\n|---|---|---|---|\n", _published()]
+    headers = {name: header(name.partition("/")[2]) for name in loader.methods()}
+    for name in sorted(headers, key=lambda name: _of(headers[name])):
+        said = headers[name]
+        rows.append(f"| {_linked(said['Paper'])} | [{name}](#{_anchor(name)}) | {said['title']} | {_scaled(said)} |\n")
+    for name, said in headers.items():
         parts.append(f"\n## {name}\n\n{said['title']}\n\n")
         for field in ("Paper", "Faithful", "Scaled", "Left out", "Kept layer", "Starts from"):
             if field in said:
                 parts.append(f"- **{field}**: {_linked(_words(field, said[field]))}\n")
     return parts[0] + "\n" + "".join(rows) + "".join(parts[1:])
+
+
+def _published() -> str:
+    """The row of the one recipe that has its paper's values at its paper's size."""
+    title = loader.summary(_AT_SIZE)
+    paper = _linked("RADLADS, arXiv 2505.03005 v4, Table 2")
+    return f"| {paper} | [{_AT_SIZE}](../tutorials/eight-gpus.md) | {title} | nothing; planned here, not run |\n"
+
+
+def _scaled(said: dict[str, str]) -> str:
+    """The first thing that was scaled; the rest stands below."""
+    return _linked(said["Scaled"].split(";")[0].rstrip("."))
+
+
+def _of(said: dict[str, str]) -> tuple[int, str]:
+    """Published procedures first, by paper; then ablations of ours that a paper speaks to; then our own."""
+    ours = said["Paper"].startswith("none")
+    return (2 if ours else 1 if said["title"].startswith("Ablation") else 0, said["Paper"])
 
 
 def _words(field: str, text: str) -> str:

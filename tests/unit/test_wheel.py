@@ -76,7 +76,7 @@ def test_wheel_says_licence_and_command(wheel):
         commands = archive.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "License-Expression: Apache-2.0" in metadata
-    for extra in ("gpu", "mamba", "deepspeed", "eval", "wandb", "lora", "dev"):
+    for extra in ("gpu", "mamba", "deepspeed", "eval", "wandb", "lora", "docs", "dev"):
         assert f"Provides-Extra: {extra}" in metadata
     assert "relinear = relinear.launch.main:main" in commands
 
