@@ -145,7 +145,7 @@ def load_teacher(
         UserError: unknown family, missing or truncated file, tokenizer that does not fit the vocabulary.
         MachineError: the Hub cannot be reached.
     """
-    folder, commit = _locate(str(name_or_path), revision)
+    folder, commit = locate(str(name_or_path), revision)
     config = read_config(folder)
     if config.get("model_type") == "relinear":
         raise UserError(
@@ -182,7 +182,7 @@ def load_model(
     Raises:
         UserError: as `load_teacher`, without the restriction to known families.
     """
-    folder, _ = _locate(str(name_or_path), revision)
+    folder, _ = locate(str(name_or_path), revision)
     config = read_config(folder)
     _check_weights(folder)
     if config.get("model_type") == "relinear":
@@ -251,8 +251,13 @@ def _hushed(name: str, when: bool) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _locate(name: str, revision: str | None) -> tuple[Path, str | None]:
-    """The local folder for a path or Hub id, and the commit for the latter."""
+def locate(name: str, revision: str | None = None) -> tuple[Path, str | None]:
+    """The local folder for a path or Hub id, which is fetched, and the commit for the latter.
+
+    Raises:
+        UserError: no such folder or model.
+        MachineError: the Hub cannot be reached.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         return path, None

@@ -31,6 +31,7 @@ from ..distill.data.tokenise import Tokens, tokenise
 from ..distill.data.windows import eval_batches
 from ..distill.errors import RunFailed, UserError
 from ..distill.teacher import load_model
+from . import store
 from .logits import ChosenLogits, parts
 
 Progress = Callable[[int, int | None], None]
@@ -142,49 +143,69 @@ def compare(
     loaded = {"student": load_model(student, dtype=dtype, device=device, trust_remote_code=trust_remote_code)}
     if teacher is not None:
         loaded["teacher"] = load_model(teacher, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    models = [model for model, _ in loaded.values()]
     tokenizer = loaded["student"][1]
     if teacher is not None:
         check_same_vocabulary(str(student), str(teacher), *loaded.values())
     sources = [str(text)] if isinstance(text, (str, Path)) else [str(source) for source in text]
     paths = _files(sources)
-    window = _window(models, seq_len)
-    tokens = tokenise(read_documents(paths, Fields()), tokenizer)
+    result = measure_tokens(
+        loaded["student"][0],
+        loaded["teacher"][0] if teacher is not None else None,
+        tokenise(read_documents(paths, Fields()), tokenizer),
+        ", ".join(sources),
+        seq_len=seq_len,
+        max_tokens=max_tokens,
+        batch=batch,
+        progress=progress,
+    )
+    given = {"student": str(student)} | ({} if teacher is None else {"teacher": str(teacher)})
+    about = {"text": [str(path) for path in paths], "models": given, "dtype": dtype}
+    return {**result, **about, "versions": versions()}
+
+
+def measure_tokens(
+    student: Any,
+    teacher: Any | None,
+    tokens: Tokens,
+    source: str,
+    *,
+    seq_len: int | None = None,
+    max_tokens: int | None = None,
+    batch: int = 8,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """`measure` on documents: cut into windows of min(contexts, seq_len).
+
+    Args:
+        student: a model.
+        teacher: another one of the same vocabulary, or None.
+        tokens: the documents.
+        source: what they are, for errors.
+        seq_len, max_tokens, batch, progress: see `compare`.
+
+    Returns:
+        What `measure` returns, and "seq_len": the window.
+
+    Raises:
+        UserError: no token to predict.
+        RunFailed: a model's loss is not finite.
+    """
+    window = _window([model for model in (student, teacher) if model is not None], seq_len)
     if max_tokens is not None:
         tokens = _head(tokens, max_tokens)
     total = sum(int(part.targets.sum()) for part, _ in eval_batches(tokens, window, batch))
     if total == 0:
         raise UserError(
-            f"{', '.join(sources)}: no token to predict in {len(tokens)} documents; expected text of at least two "
-            "tokens; look with: head " + str(paths[0])
+            f"{source}: no token to predict in {len(tokens)} documents; expected text of at least two tokens; look "
+            "with: head FILE"
         )
-    result = measure(
-        models[0],
-        models[1] if teacher is not None else None,
-        eval_batches(tokens, window, batch),
-        device,
-        progress=progress,
-        total=total,
-    )
-    given = {"student": str(student)} | ({} if teacher is None else {"teacher": str(teacher)})
-    about = {"seq_len": window, "text": [str(path) for path in paths], "models": given, "dtype": dtype}
-    return {**result, **about, "versions": versions()}
+    batches = eval_batches(tokens, window, batch)
+    return {**measure(student, teacher, batches, progress=progress, total=total), "seq_len": window}
 
 
 def versions() -> dict[str, str]:
     """What a figure was measured with."""
-    import platform
-
-    import transformers
-
-    from .. import __version__
-
-    return {
-        "relinear": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
+    return store.versions()
 
 
 def vocabulary_hash(tokenizer: Any) -> str:

@@ -38,22 +38,24 @@ class Progress:
         self.every = every
         self.clock = clock
         self.name = ""
+        self.unit = "tokens"
         self.total: int | None = None
         self._tokens = self._first = 0
         self._began = self._spoke = clock()
         self._bar: Bar | None = None
         self._only_talk = only_talk()
 
-    def stage(self, name: str, total_tokens: int | None = None, done_tokens: int = 0) -> None:
+    def stage(self, name: str, total_tokens: int | None = None, done_tokens: int = 0, unit: str = "tokens") -> None:
         """Begin a stage.
 
         Args:
             name: of the stage, as the recipe spells it.
             total_tokens: tokens (or other steps) that it will take; None where that is not known.
             done_tokens: how many of them an earlier session already did; they do not count towards the rate.
+            unit: what is counted.
         """
         self._close()
-        self.name, self.total = name, total_tokens
+        self.name, self.total, self.unit = name, total_tokens, unit
         self._tokens = self._first = done_tokens
         self._began = self._spoke = self.clock()
         if self.console.is_terminal:
@@ -63,7 +65,7 @@ class Progress:
             bar.start()
             self._bar = bar
         else:
-            size = f": {format_count(total_tokens)} tokens" if total_tokens else ""
+            size = f": {format_count(total_tokens)} {unit}" if total_tokens else ""
             resumed = f", {format_count(done_tokens)} of them done before" if done_tokens else ""
             self.console.print(f"{name}{size}{resumed}", markup=False, soft_wrap=True)
 
@@ -98,8 +100,8 @@ class Progress:
             return
         name, tokens, seconds = self.name, self._tokens - self._first, self.clock() - self._began
         self._close()
-        work = f"{format_count(tokens)} tokens in " if tokens else ""
-        rate = f", {_per_second(tokens / seconds)}" if tokens and seconds > 0 else ""
+        work = f"{format_count(tokens)} {self.unit} in " if tokens else ""
+        rate = f", {_per_second(tokens / seconds, self.unit)}" if tokens and seconds > 0 else ""
         self.console.print(f"{name} done: {work}{duration(seconds)}{rate}", markup=False, soft_wrap=True)
 
     def _close(self) -> None:
@@ -115,7 +117,7 @@ class Progress:
         elapsed = self.clock() - self._began
         rate = (self._tokens - self._first) / elapsed if elapsed > 0 else 0.0
         if rate:
-            parts.append(_per_second(rate))
+            parts.append(_per_second(rate, self.unit))
         parts += [f"{name} {value:.4g}" for name, value in metrics.items()]
         parts.append(format_bytes(memory()))
         if rate and self.total:
@@ -133,8 +135,8 @@ class Progress:
         self._only_talk.__exit__(kind, error, trace)
 
 
-def _per_second(rate: float) -> str:
-    return f"{format_count(float(f'{rate:.3g}'))} tokens/s"
+def _per_second(rate: float, unit: str) -> str:
+    return f"{format_count(float(f'{rate:.3g}'))} {unit}/s"
 
 
 def memory() -> int:

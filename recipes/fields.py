@@ -79,7 +79,11 @@ Length = Annotated[int | Literal["auto"], BeforeValidator(_length), Words("token
 LayerChoice = Annotated[Any, BeforeValidator(_choice), Words("layers")]
 MixerName = Annotated[str, BeforeValidator(_mixer_name), Words("mixer")]
 HeldOut = Annotated[str | float, BeforeValidator(_held_out), Words("file or share")]
-Suites = Annotated[list[Literal["quick", "recall"]], BeforeValidator(listed), Words("`quick`, `recall` or a list")]
+Suites = Annotated[
+    list[Literal["quick", "recall", "core", "long", "generation"]],
+    BeforeValidator(listed),
+    Words("`quick`, `recall`, `core`, `long`, `generation` or a list"),
+]
 Betas = Annotated[tuple[float, float], BeforeValidator(_betas), Field(strict=False), Words("two numbers")]
 Schedule = Literal["cosine", "quarter_cosine", "linear", "constant", "wsd"]
 Weight = Annotated[float, Field(gt=0)]

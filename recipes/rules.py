@@ -34,7 +34,7 @@ def check(raw: Any) -> list[tuple[Path, str]]:
     """Every broken rule as (path, message)."""
     if not isinstance(raw, dict):
         return []
-    return [*_layers(raw), *_attention(raw), *_data(raw), *_stages(raw), *_stream(raw)]
+    return [*_layers(raw), *_attention(raw), *_data(raw), *_stages(raw), *_stream(raw), *_measured(raw)]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -144,6 +144,18 @@ def _stream(raw: dict[str, Any]) -> list[tuple[Path, str]]:
         found.append((where, message))
     if isinstance(measured, dict) and measured.get("assembled") is True:
         found.append((("eval", "assembled"), "needs the whole model in memory; write false beside a streamed align"))
+    return found
+
+
+def _measured(raw: dict[str, Any]) -> list[tuple[Path, str]]:
+    """Options of benchmark tasks without the suite that reads them."""
+    section = raw.get("eval")
+    suite = section.get("suite") if isinstance(section, dict) else None
+    chosen = suite if isinstance(suite, list) else [suite]
+    found: list[tuple[Path, str]] = []
+    for key in ("tasks", "limit", "data", "task_dir"):
+        if _given(section, key) and "core" not in chosen:
+            found.append((("eval", key), "is of the suite core; write suite: [quick, core] too, or remove this"))
     return found
 
 

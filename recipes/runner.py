@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -37,13 +38,12 @@ from ..eval.suite import recall_suite
 from ..eval.tables import Row, to_json, to_text
 from . import loader, streaming
 from .calibration import calibrate, fill_aligned
+from .final_eval import store_results
+from .held_out import TOKENS as FINAL_TOKENS
 from .logit_caches import open_stage_cache, teacher_aside, teacher_back
 from .plan import stage_settings
 from .schema import AlignStage, CalibrateStage, GlueStage, MatrixStage, Recipe, TransferStage
 from .session import Progress, Session, Silent, eval_set, open_session, stage_source
-
-FINAL_TOKENS = 200_000
-"""Held-out tokens of the measurement that ends a run, at most."""
 
 
 def run(
@@ -404,14 +404,16 @@ def _finish(session: Session) -> dict[str, Any]:
         session.student = assemble(session.teacher, session.mixers)
     elif last is not None and last.best_path is not None and last.best_path != last.path:
         _load_best(session, last.stage, last.best_path)
-    fidelity = None
+    fidelity = recall = None
+    began = time.monotonic()
     if len(session.corpus.valid) and not apart:
         device = next(session.student.parameters()).device
         fidelity = measure(session.student, session.teacher.model, eval_set(session, FINAL_TOKENS), device)
-    recall = None
+    seconds = {"quick": time.monotonic() - began}
     if "recall" in session.recipe.eval.suite and not apart:
         session.progress.note("recall: needles, pairs and their like")
         recall = recall_suite(session.student, session.teacher.tokenizer, session.teacher.model)
+        seconds["recall"] = time.monotonic() - began - seconds["quick"]
     result: dict[str, Any] = {
         "status": "complete",
         "run": str(folder),
@@ -451,6 +453,8 @@ def _finish(session: Session) -> dict[str, Any]:
     )
     files.write_text(folder / "result.txt", text + "\n")
     files.write_json(folder / "result.json", result)
+    if not apart:
+        store_results(session, fidelity, recall, seconds)
     write_manifest(folder, complete=True)
     return result | {"table": text}
 

@@ -417,8 +417,18 @@ class EvalSection(Section):
     """What is measured on held-out text while the stages run."""
 
     suite: Suites = Field(
-        default=["quick"], min_length=1, description="quick: fidelity, always; recall too: at the end"
+        default=["quick"],
+        min_length=1,
+        description="quick: fidelity, always; the others too: at the end, as `relinear eval --suite` measures them",
     )
+    tasks: list[str] | None = Field(
+        default=None, min_length=1, description="of core: lm-eval's tasks by name; its own choice if null"
+    )
+    limit: int | None = Field(default=None, ge=1, description="of core: the first so many documents of each task")
+    data: str | None = Field(
+        default=None, min_length=1, description="of core: folder of files for the local_… tasks; no Hub is asked"
+    )
+    task_dir: str | None = Field(default=None, min_length=1, description="of core: folder of tasks in lm-eval's YAML")
     against: Literal["teacher"] = Field(default="teacher", description="what the student is compared with")
     every: Count | None = Field(
         default=None, ge=1, description="training tokens between measurements; ten per stage if null"

@@ -23,6 +23,7 @@ from ..distill.lora import require_peft
 from ..distill.stage import StageResult
 from ..distill.teacher import Teacher
 from ..distill.watchdog import beat
+from ..eval.harness import require_harness
 from . import loader, streaming
 from .layers import LayerMap
 from .plan import layer_map, window
@@ -133,6 +134,8 @@ def open_session(
     if start is not None and streaming.streamed(recipe) is not None:
         raise UserError("--start: a streamed align transfers its own mixers; leave one of the two out")
     require_trackers(recipe)
+    if "core" in recipe.eval.suite:
+        require_harness()
     folder = Path(str(recipe.save.dir))
     check_free(folder)
     if recipe.engine.threads is not None:

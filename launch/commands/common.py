@@ -12,6 +12,11 @@ from ...distill.errors import UserError
 from .. import worker
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Folder = Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint's folder or Hub id.")]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run code that a foreign model brings; relinear's own never need it."),
+]
 Recipe = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name (relinear ls recipes) or a YAML file.")
 ]

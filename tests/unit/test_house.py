@@ -22,14 +22,23 @@ DIRECTIONS: dict[str, dict[str, set[str] | None]] = {
     "distill": {"mixers": None},
     "eval": {
         "mixers": None,
-        "distill": {"errors", "families", "family", "files", "teacher", "student", "modeling", "data"},
+        "distill": {
+            *("errors", "families", "family", "files", "digest", "run_folder"),
+            *("teacher", "student", "modeling", "data"),
+        },
     },
     "recipes": {"mixers": None, "distill": None, "eval": None},
     "launch": {"mixers": None, "distill": None, "eval": None, "recipes": None},
 }
 # Started by `python -m` and never imported: above the rooms, whatever its folder.
 STARTED = {"recipes.run"}
-ONLY_LAUNCH_AND_EACH_OTHER = {"recipes.runner", "recipes.session", "recipes.quickstart", "recipes.bench"}
+ONLY_LAUNCH_AND_EACH_OTHER = {
+    "recipes.runner",
+    "recipes.final_eval",
+    "recipes.session",
+    "recipes.quickstart",
+    "recipes.bench",
+}
 HEAVY = {
     *("torch", "transformers", "datasets", "safetensors", "numpy", "matplotlib"),
     *("tokenizers", "huggingface_hub", "fla", "pyarrow"),
@@ -43,6 +52,10 @@ TORCH_FREE = {
     "distill.family": False,
     "distill.files": False,
     **{f"distill.{name}": False for name in ("digest", "lock", "manifest", "run_folder", "spikes", "watchdog")},
+    **{
+        f"eval.{name}": False
+        for name in ("store", "suites", "models", "texts", "local_tasks", "recovery", "core_table")
+    },
     "launch": True,
     "recipes": True,
 }
@@ -50,7 +63,14 @@ TORCH_BOUND = {
     "recipes.calibration",
     *("recipes.logit_caches", "recipes.bench_logits"),
     *(f"recipes.select.{name}" for name in ("run", "evaluate", "forward", "attention", "guided")),
-    *("recipes.runner", "recipes.session", "recipes.streaming", "recipes.quickstart", "recipes.embedded.train"),
+    *(
+        "recipes.runner",
+        "recipes.final_eval",
+        "recipes.session",
+        "recipes.streaming",
+        "recipes.quickstart",
+        "recipes.embedded.train",
+    ),
     *("recipes.bench", "recipes.bench_ops", "recipes.bench_cases", "recipes.bench_steps"),
     *("recipes.bench_ranks", "recipes.bench_train"),
     *("recipes.bench_measure", "recipes.bench_baselines", "recipes.bench_methods_job"),
