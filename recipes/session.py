@@ -128,14 +128,9 @@ def open_session(
             "publish.repo: pushing to the Hub is not available in this version; write publish.repo=null and upload "
             "the export folder with `hf upload`"
         )
-    for stage in recipe.stages:
-        if getattr(stage, "train", None) == "lora":
-            require_peft(f"stages.{stage.name}.train")
+    _require_packages(recipe)
     if start is not None and streaming.streamed(recipe) is not None:
         raise UserError("--start: a streamed align transfers its own mixers; leave one of the two out")
-    require_trackers(recipe)
-    if "core" in recipe.eval.suite:
-        require_harness()
     folder = Path(str(recipe.save.dir))
     check_free(folder)
     if recipe.engine.threads is not None:
@@ -201,6 +196,16 @@ def open_session(
         for lock in locks:
             lock.release()
         raise
+
+
+def _require_packages(recipe: Recipe) -> None:
+    """Refuse a recipe that asks for a package which is not installed."""
+    for stage in recipe.stages:
+        if getattr(stage, "train", None) == "lora":
+            require_peft(f"stages.{stage.name}.train")
+    require_trackers(recipe)
+    if "core" in recipe.eval.suite:
+        require_harness()
 
 
 def pick_device(asked: str) -> str:
