@@ -40,6 +40,7 @@ class TaskChoice:
         local: shipped definitions among them, filled in with the data folder.
         folder: where those are written.
         task_dir: a folder of definitions of the user's own, or None.
+        known: names of all local tasks whose files are there.
         digests: by name, of the local definition and the files that it names; None for the harness's own tasks.
     """
 
@@ -47,6 +48,7 @@ class TaskChoice:
     local: tuple[LocalTask, ...]
     folder: Path
     task_dir: Path | None
+    known: tuple[str, ...]
     digests: dict[str, str | None]
 
 
@@ -99,7 +101,7 @@ def choose_tasks(
     made = None if task_dir is None else value_digest(_folder_digests(task_dir))
     digests: dict[str, str | None] = dict.fromkeys(names, made)
     digests |= {task.name: value_digest([task.shipped, [checksum(path) for path in task.files]]) for task in local}
-    return TaskChoice(tuple(names), local, folder, task_dir, digests)
+    return TaskChoice(tuple(names), local, folder, task_dir, (*(task.name for task in shipped), *own), digests)
 
 
 def load_tasks(choice: TaskChoice, found: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -117,7 +119,7 @@ def load_tasks(choice: TaskChoice, found: dict[str, Any] | None = None) -> dict[
     manager = _manager(choice)
     unknown = [name for name in choice.names if name not in manager.task_index]
     if unknown:
-        known = manager.all_tasks
+        known = [*choice.known, *manager.all_tasks]
         near = [near for name in unknown for near in difflib.get_close_matches(name, known, 3, 0.6)]
         hint = f" Near: {', '.join(near)}." if near else ""
         raise UserError(

@@ -2,7 +2,7 @@
 
 FOLDER/<suite>.json        the newest result of each suite
 FOLDER/earlier/            results with other settings or of another checkpoint, `SUITE-KEY.json`: never overwritten
-FOLDER/parts/              finished parts of a suite that is not done yet, taken up by the next call
+FOLDER/parts/              finished parts of suites that go task by task or answer by answer, for later calls
 FOLDER/tasks/              task definitions for local files, as they were measured
 
 A result is reused where the checkpoints, the settings, the text and the versions are the same: all of them are hashed

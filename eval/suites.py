@@ -161,7 +161,7 @@ def _generation(ask: Ask) -> dict[str, Any]:
 
     own, others = _split_tasks(ask)
     student, tokenizer, teacher = ask.models.pair()
-    given = ask.given("samples", "max_new_tokens", "seed") | ({} if own is None else {"tasks": own})
+    given: dict[str, Any] = ask.given("samples", "max_new_tokens", "seed") | ({} if own is None else {"tasks": own})
     text = None if ask.text is None else ask.text.files()
     made = generation_suite(student, tokenizer, teacher, text=text, progress=ask.counted, **given)
     if others:
@@ -189,8 +189,8 @@ def _mt_bench(ask: Ask) -> dict[str, Any]:
 
     _questions(ask)
     student, tokenizer, teacher = ask.models.pair()
-    given = ask.given("questions", "endpoint", "judge", "api_key_env")
-    folder = ask.store.parts("mt_bench")
+    given = ask.given("questions", "endpoint", "judge", "api_key_env", "max_new_tokens", "seed")
+    folder = ask.store.folder / "parts"
     return mt_bench_suite(student, tokenizer, teacher, progress=ask.counted, folder=folder, **given)
 
 
@@ -261,7 +261,7 @@ SUITES: dict[str, Suite] = {
     ),
     "mt_bench": Suite(
         "MT-Bench by a judge",
-        ("questions", "endpoint", "judge", "api_key_env"),
+        ("questions", "endpoint", "judge", "api_key_env", "max_new_tokens", "seed"),
         _mt_bench,
         _questions,
         (),

@@ -39,7 +39,7 @@ Samples = Annotated[
 Generate = Annotated[bool, typer.Option("--generate", help="recall: have the answers generated as well; slower.")]
 Filler = Annotated[Path | None, _option("recall: text to hide facts in; made-up prose by default.", "FILE")]
 Plots = Annotated[Path | None, _option("recall: draw a heat-map of every task there.", "DIR")]
-Seed = Annotated[int | None, _option("recall, generation: of documents and questions; 0.")]
+Seed = Annotated[int | None, _option("recall, generation, mt_bench: of what is drawn; 0.")]
 Limit = Annotated[int | None, _option("core, generation: the first N documents of each lm-eval task.", min=1)]
 Fewshot = Annotated[
     int | None, _option("core, generation: examples in each prompt; the task's own number by default.", min=0)
@@ -55,7 +55,7 @@ Chat = Annotated[
 AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="core, generation: run code that the model wrote (humaneval).")
 ]
-NewTokens = Annotated[int | None, _option("generation: tokens of a completion.", min=1)]
+NewTokens = Annotated[int | None, _option("generation: tokens of a completion; mt_bench: of an answer.", min=1)]
 Questions = Annotated[Path | None, _option("mt_bench: its question.jsonl.", "FILE")]
 Endpoint = Annotated[str | None, _option("mt_bench: address of the judge, OpenAI-compatible.", "URL")]
 Judge = Annotated[str | None, _option("mt_bench: the judge's model.", "MODEL")]

@@ -109,7 +109,7 @@ def test_eval_prints_every_figure_with_its_error(finished, llama2, story_file, c
     for figure in ("perplexity_ratio", "kl", "top1_agreement"):
         assert found[f"{figure}_stderr"] >= 0
     assert found["perplexity_ratio"] == pytest.approx(found["student"]["perplexity"] / found["teacher"]["perplexity"])
-    assert 0 < found["tokens"] <= 2000 and "eval done" in err
+    assert 0 < found["tokens"] <= 2000 and "quick done" in err
     assert main([*arguments, "--max-tokens", "2000"]) == 0
     assert "perplexity_ratio" in capsys.readouterr().out
 

@@ -128,7 +128,8 @@ def test_what_does_not_fit_is_left_out_or_refused(teacher):
             recall_suite(teacher.model, teacher.tokenizer, **settings)
 
 
-def test_the_command(folder, tmp_path, capsys):
+def test_the_command(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     given = [
         "eval",
         str(folder),
@@ -158,12 +159,20 @@ def test_the_command(folder, tmp_path, capsys):
         (["--suite", "mmlu"], "--suite mmlu: unknown; there are quick, recall"),
         (["--tasks", "needle"], "--tasks: not for the suite quick"),
         (["--suite", "recall", "--text", "x.txt"], "--text: not for the suite recall"),
-        (["--against", "x"], "--text FILE: the suite quick needs it"),
+        (["--against", "x"], "x: no such folder"),
+        ([], "--text FILE: the suite quick needs held-out text"),
+        (["--suite", "recall,core", "--tasks", "needle"], "--tasks: recall, core each have their own"),
+        (["--suite", "core", "--dtype", "int8"], "--dtype int8: expected one of auto, float32"),
+        (["--suite", "core", "--device", "gpu"], "--device gpu: expected auto, cpu"),
+        (["--suite", "core", "--data", "nowhere"], "--data nowhere: no such folder"),
+        (["--suite", "core", "--task-dir", "nowhere"], "--task-dir nowhere: no such folder"),
+        (["--suite", "mt_bench"], "--questions FILE: the suite mt_bench needs"),
         (["--suite", "recall", "--lengths", "1k"], "--lengths 1k: expected numbers of tokens"),
         (["--suite", "recall", "--filler", "no-such.txt"], "--filler no-such.txt: cannot be read"),
     ],
 )
-def test_the_command_says_what_is_wrong(folder, extra, said, capsys):
+def test_the_command_says_what_is_wrong(folder, extra, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     assert main(["eval", str(folder), *extra]) == 2
     assert said in capsys.readouterr().err
 
