@@ -18,7 +18,7 @@ MANIFEST = "manifest.json"
 _STATE = "state.json"
 # What goes on changing: also a complete run may be resumed, and then says so in these.
 _LIVE = {MANIFEST, LOCK}
-_LIVE_FOLDERS = {"logs", "wandb", "tensorboard", "replay", "eval"}
+_LIVE_FOLDERS = {"logs", "wandb", "tensorboard", "replay", "eval", "report"}
 
 
 def write_manifest(folder: Path | str, *, complete: bool) -> dict[str, dict[str, Any]]:

@@ -7,11 +7,13 @@ FOLDER/transfer.json       where every parameter of every mixer came from
 FOLDER/calibrate.json      what calibrate found and did in every layer; calibrate.png shows it
 FOLDER/checkpoints/        commits, `STAGE-STEP`
 FOLDER/export/             the converted model
-FOLDER/logs/               stacks of a process that hung
+FOLDER/logs/               what the run said; stacks of a process that hung
 FOLDER/replay/             batch and generators of a step that failed
 FOLDER/manifest.json       every final file, with size and hash
 FOLDER/run.lock            who is at work here now
 FOLDER/result.json         what came out
+FOLDER/eval/               what `relinear eval` and `bench model` measured of the export
+FOLDER/report/             the page that `relinear report` writes
 """
 
 from __future__ import annotations

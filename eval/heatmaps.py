@@ -19,10 +19,11 @@ def heatmaps(result: dict[str, Any], folder: str | Path) -> list[Path]:
         result: of `suite.recall_suite`.
         folder: made if it does not exist.
     """
-    return [_task(name, task, Path(folder) / f"recall-{name}.png") for name, task in result["tasks"].items()]
+    return [heatmap(name, task, Path(folder) / f"recall-{name}.png") for name, task in result["tasks"].items()]
 
 
-def _task(name: str, task: dict[str, Any], path: Path) -> Path:
+def heatmap(name: str, task: dict[str, Any], path: Path) -> Path:
+    """One task of the suite as a PNG: `task` as `suite.recall_suite` gives it under `name`."""
     across, up = task["axes"]
     models = task["models"]
     cells = next(iter(models.values()))["cells"]

@@ -46,8 +46,8 @@ _SMOOTH = 25  # a curve is a moving mean over so many-th of its points
 def loss_curves(metrics: str | Path | Sequence[dict[str, Any]], path: str | Path) -> Path:
     """Training losses over tokens, one panel per stage, logarithmic: every layer of align, every term of glue.
 
-    Lines are moving means over a twenty-fifth of the points; glue also shows the points themselves, pale, and the KL on
-    held-out text where it was evaluated.
+    Lines are moving means over a twenty-fifth of the points; points are losses on held-out text where they were
+    evaluated, of every layer and of glue's KL. Glue also shows every training loss, pale.
 
     Args:
         metrics: a run's metrics.jsonl, or its records.
@@ -63,26 +63,32 @@ def loss_curves(metrics: str | Path | Sequence[dict[str, Any]], path: str | Path
         raise ValueError("nothing to draw: the metrics hold no training step")
     with _figure(path, 0.6 + 4.6 * len(stages), 3.6) as figure:
         for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
-            mine = [record for record in steps if record["stage"] == stage]
-            evaluated = [r for r in records if r["stage"] == stage and r.get("eval", {}).get("kl") is not None]
-            layers = [name for name in mine[-1]["losses"] if name.startswith("layer ")]
-            if layers:
-                _layer_lines(figure, axes, mine, layers)
-                axes.set_ylabel("loss on the teacher's layer output")
-            else:
-                _term_lines(axes, mine, evaluated)
-                axes.set_ylabel("loss (nats per token)")
-            if axes.dataLim.y1 > 0:  # a conversion of no layer loses nothing, which has no logarithm
-                axes.set_yscale("log")
-                _plain_log_ticks(axes)
-            axes.xaxis.set_major_formatter(lambda value, _: count_name(value))
-            axes.set_xlabel("training tokens")
+            stage_losses(figure, axes, [record for record in records if record["stage"] == stage])
             axes.set_title(stage)
     return Path(path)
 
 
-def _layer_lines(figure: Any, axes: Any, records: list[dict[str, Any]], layers: list[str]) -> None:
-    """One line per layer, dark below and light above."""
+def stage_losses(figure: Any, axes: Any, records: Sequence[dict[str, Any]]) -> None:
+    """One stage's losses over its tokens, in given axes; `records` are that stage's, with at least one step."""
+    steps = [record for record in records if "loss" in record]
+    layers = [name for name in steps[-1]["losses"] if name.startswith("layer ")]
+    if layers:
+        _layer_lines(figure, axes, steps, layers, [r for r in records if r.get("eval", {}).get("losses")])
+        axes.set_ylabel("loss on the teacher's layer output")
+    else:
+        _term_lines(axes, steps, [r for r in records if r.get("eval", {}).get("kl") is not None])
+        axes.set_ylabel("loss (nats per token)")
+    if axes.dataLim.y1 > 0:  # a conversion of no layer loses nothing, which has no logarithm
+        axes.set_yscale("log")
+        _plain_log_ticks(axes)
+    axes.xaxis.set_major_formatter(lambda value, _: count_name(value))
+    axes.set_xlabel("training tokens")
+
+
+def _layer_lines(
+    figure: Any, axes: Any, records: list[dict[str, Any]], layers: list[str], evaluated: list[dict[str, Any]]
+) -> None:
+    """One line per layer, dark below and light above; held-out losses as points of the same colour."""
     import matplotlib
     import numpy as np
     from matplotlib.cm import ScalarMappable
@@ -93,9 +99,10 @@ def _layer_lines(figure: Any, axes: Any, records: list[dict[str, Any]], layers: 
     colours = matplotlib.colormaps["viridis"]
     for name, number in zip(layers, numbers, strict=True):
         tokens, values = _series(records, lambda record, name=name: record["losses"].get(name))
-        _line(
-            axes, tokens, values, color=colours((number - low) / (high - low) * _BRIGHTEST), label=name, linewidth=1.3
-        )
+        colour = colours((number - low) / (high - low) * _BRIGHTEST)
+        _line(axes, tokens, values, color=colour, label=name, linewidth=1.3)
+        tokens, values = _series(evaluated, lambda record, name=name: record["eval"]["losses"].get(name))
+        axes.plot(tokens, values, "o", color=colour, markersize=4)
     if len(layers) > _MANY_LAYERS:
         shown = ListedColormap(colours(np.linspace(0, _BRIGHTEST, 256)))
         figure.colorbar(ScalarMappable(Normalize(low, high), shown), ax=axes, label="layer", pad=0.02)

@@ -90,7 +90,7 @@ def summary_table(rows: Sequence[Row], title: str | None = None) -> Any:
     table.add_column("", no_wrap=True)
     for row in rows:
         table.add_column(row.name, justify="right")
-    for group in _lines(rows):
+    for group in grouped(rows):
         for label, cells in group:
             table.add_row(label, *cells)
         table.add_section()
@@ -110,7 +110,7 @@ def to_text(rows: Sequence[Row], title: str | None = None, width: int = 100) -> 
 def to_markdown(rows: Sequence[Row]) -> str:
     """The table as GitHub Markdown."""
     lines = [["", *(row.name for row in rows)], ["---", *("---:" for _ in rows)]]
-    lines += [[label, *cells] for group in _lines(rows) for label, cells in group]
+    lines += [[label, *cells] for group in grouped(rows) for label, cells in group]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
@@ -127,8 +127,27 @@ def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [{key: plain(value) for key, value in asdict(row).items()} for row in rows]
 
 
-def _lines(rows: Sequence[Row]) -> list[list[tuple[str, list[str]]]]:
-    """Groups of (label, one cell per model)."""
+def from_json(rows: Sequence[dict[str, Any]]) -> list[Row]:
+    """The rows that `to_json` made plain values of."""
+
+    def estimate(entry: dict[str, Any] | None) -> Estimate | None:
+        return None if entry is None else (entry["value"], entry["stderr"])
+
+    return [
+        Row(
+            row["name"],
+            *(estimate(row[key]) for key in ("perplexity", "ratio", "kl", "agreement")),
+            recall={int(distance): (one["value"], one["stderr"]) for distance, one in row["recall"].items()},
+            cache_bytes={int(context): size for context, size in row["cache_bytes"].items()},
+            tokens=row["tokens"],
+            seconds=row["seconds"],
+        )
+        for row in rows
+    ]
+
+
+def grouped(rows: Sequence[Row]) -> list[list[tuple[str, list[str]]]]:
+    """The table's lines as texts, in groups that belong together: (label, one cell per model)."""
 
     def line(label: str, cells: list[str]) -> list[tuple[str, list[str]]]:
         return [(label, cells)] if any(cell != "–" for cell in cells) else []

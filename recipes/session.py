@@ -26,6 +26,7 @@ from ..distill.watchdog import beat
 from ..eval.harness import require_harness
 from . import loader, streaming
 from .layers import LayerMap
+from .notes import Kept
 from .plan import layer_map, window
 from .schema import EMBEDDED, Recipe, TrainingStage
 from .trackers import Trackers, open_trackers, require_trackers
@@ -170,6 +171,8 @@ def open_session(
                     f"warning: {folder}: no locks here ({lock.unsupported}); see to it that one run alone uses it"
                 )
         held = world.first(lambda: run_folder.claim(folder, record, loader.dump(recipe), resume=resume))
+        if world.main:
+            progress = Kept(progress, folder)
         if resume and not held:
             progress.note(f"{folder}: holds no run yet; starting it")
         progress.note(
