@@ -94,9 +94,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures beside each other, as many as fit."""
+    """Pictures or tables beside each other, as many as fit."""
 
-    pictures: Sequence[Picture]
+    blocks: Sequence[Picture | Table]
     kind: ClassVar[str] = "gallery"
 
 
@@ -152,7 +152,7 @@ class Section:
         return [
             picture
             for block in self.blocks
-            for picture in (block.pictures if isinstance(block, Gallery) else [block])
+            for picture in (block.blocks if isinstance(block, Gallery) else [block])
             if isinstance(picture, Picture)
         ]
 

@@ -178,8 +178,8 @@ def core(run: Run) -> Iterator[Block]:
     if result.get("mean"):
         rows.append(_task("mean", result["mean"]))
     yield Table(
-        "Benchmark tasks: recovery is the student's score as a share of the teacher's",
-        ["task", "metric", "documents", "guessing", *MODELS, "recovery", "recovery above guessing"],
+        "Benchmark tasks; recovery: the student's score as a share of the teacher's, also of what lies above guessing",
+        ["task", "metric", "documents", "guessing", *MODELS, "recovery", "above guessing"],
         rows,
         words=(0, 1),
     )
@@ -207,7 +207,7 @@ def _task(name: str, task: dict[str, Any]) -> list[str]:
         metric,
         words.whole(task.get("n")),
         words.percent(task.get("chance")),
-        *(words.of(task.get(model), as_percent=share) for model in MODELS),
+        *(words.of(task.get(model), as_percent=share, digits=None if share else 3) for model in MODELS),
         words.of(task.get("recovery"), as_percent=True),
         words.of(task.get("recovery_above_chance"), as_percent=True),
     ]
@@ -318,7 +318,7 @@ def _settings(result: dict[str, Any]) -> Text:
     said = [f"{key} {words.plain(value)}" for key, value in given.items() if value is not None]
     if result.get("seconds"):
         said.append(f"took {time_name(result['seconds'])}")
-    return Text("Measured with: " + "; ".join(said) + "." if said else "Measured by `relinear eval`.")
+    return Text("Measured with: " + "; ".join(said) + "." if said else "Measured by relinear eval.")
 
 
 def _absent(run: Run, suite: str, text: str) -> Missing:

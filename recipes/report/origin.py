@@ -27,7 +27,8 @@ def warnings(run: Run) -> list[str]:
         spikes = [record for record in run.steps(name) if "spike" in record] if kind in TRAINING else []
         if spikes:
             steps = ", ".join(str(record["step"]) for record in spikes[:10]) + (" …" if len(spikes) > 10 else "")
-            found.append(f"{name}: {len(spikes)} steps whose loss was a spike were left out (steps {steps})")
+            number = "1 step" if len(spikes) == 1 else f"{len(spikes)} steps"
+            found.append(f"{name}: {number} left out, as the loss was a spike (step {steps})")
     if run.replays:
         found.append(f"steps that failed, kept in replay/: {', '.join(run.replays)}")
     if run.hung:
@@ -56,7 +57,7 @@ def _elsewhere(run: Run, result: dict[str, Any]) -> list[str]:
     }
     if len({value for value in sums.values() if value}) > 1:
         said = ", ".join(f"{suite} {str(value)[:8]}" for suite, value in sums.items())
-        found.append(f"suites were measured on different weights ({said}): run `relinear eval` again")
+        found.append(f"suites were measured on different weights ({said}): measure again")
     return found
 
 
@@ -77,7 +78,7 @@ def recipe(run: Run) -> Iterator[Block]:
     if run.recipe is None:
         yield Missing("recipe.yaml is missing from the folder.")
         return
-    yield Text("Every key as it was resolved, defaults included. `relinear run` takes this file as it is.")
+    yield Text("Every key as it was resolved, defaults included. “relinear run” takes this file as it is.")
     yield Code(run.recipe.rstrip("\n"), folded="recipe.yaml")
 
 
@@ -92,7 +93,7 @@ def versions(run: Run) -> Iterator[Block]:
     rows = [["model", str(teacher["source"])], ["revision", words.plain(teacher.get("revision"))]]
     rows += [["family", str(teacher["family"])]]
     rows += [[name, str(value)] for name, value in (teacher.get("fingerprint") or {}).items()]
-    yield Table("Teacher: what it is, and the hashes of its files", ["", ""], rows, words=(0, 1))
+    yield Table("Teacher: what it is, and the hashes of its files", ["", "as recorded"], rows, words=(0, 1))
     suites = {
         suite: value["versions"] for suite, value in run.suites.items() if isinstance(value.get("versions"), dict)
     }

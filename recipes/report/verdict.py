@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...eval.tables import context_name, count_name, time_name
+from ..layers import ranges
 from . import words
 from .blocks import Table, Tile, Tiles
 from .lost import newest, recall_result, recovered
@@ -35,7 +36,7 @@ def _fidelity(run: Run) -> list[Tile]:
         "perplexity_ratio": f"{words.estimate(values['student']['perplexity'], None, 3)} against "
         f"{words.estimate(values['teacher']['perplexity'], None, 3)}, {found.when}",
         "kl": f"{words.whole(values.get('tokens'))} held-out tokens",
-        "top1_agreement": f"of {words.whole(values.get('documents'))} documents' tokens",
+        "top1_agreement": f"tokens of {words.whole(values.get('documents'))} documents",
     }
     return [Tile(label, _figure(key, values), notes[key]) for key, label in FIGURES]
 
@@ -93,7 +94,7 @@ def beside(runs: Sequence[tuple[str, Run]]) -> Table:
         tokens, seconds = effort(run)
         columns[row] += [count_name(tokens), time_name(seconds)]
     labels += ["Benchmarks recovered", *(f"Cache smaller at {context_name(n)}" for n in _LENGTHS)]
-    labels += ["Training tokens", "Time of steps"]
+    labels += ["Training tokens, own stages", "Time of their steps"]
     rows = [[label, *cells] for label, *cells in zip(labels, *columns, strict=True)]
     return Table(
         "Runs beside each other", ["", *(name for name, _ in runs)], [r for r in rows if set(r[1:]) != {words.NONE}]
@@ -106,7 +107,9 @@ _LENGTHS = (4096, 32768, 131072)
 def _layers(run: Run) -> str:
     made = layer_map(run)
     mixers = ", ".join(sorted({name for name, _ in run.record["layers"].values()}))
-    return mixers if made is None else f"{made.drawing} ({mixers})"
+    if made is None:
+        return mixers
+    return f"{len(made.converted)} of {made.num_layers}: {mixers}; attention in {ranges(made.kept) or 'none'}"
 
 
 def state(run: Run) -> str:

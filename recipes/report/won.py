@@ -10,7 +10,7 @@ from typing import Any
 from ...eval import run_plots
 from ...eval.tables import bytes_name, context_name, count_name, time_name
 from . import words
-from .blocks import Block, Missing, Picture, Table, Text
+from .blocks import Block, Gallery, Missing, Picture, Table, Text
 from .made import run_again
 from .read import Run
 from .trained import Spent, spent
@@ -48,17 +48,12 @@ def speed(run: Run) -> Iterator[Block]:
         partial(run_plots.over_length, lengths),
         "Tokens per second when reading and writing, peak memory and decode cache over the context, of both models",
     )
-    for key, title, write in (
-        ("prefill_tokens_per_second", "Reading, tokens per second", count_name),
-        ("time_to_first_token", "Time to the first token", _seconds),
-        ("decode_tokens_per_second", "Writing, tokens per second", count_name),
-        ("peak_bytes", "Peak memory", bytes_name),
-        ("cache_bytes", "Decode cache, measured", bytes_name),
-        ("batch_at_memory", "Sequences that fit the memory at once", words.whole),
-    ):
+    tables = []
+    for key, title, write in FIGURES:
         rows = [_beside(row, key, write) for row in lengths if (row.get("student") or {}).get(key) is not None]
         if rows:
-            yield Table(title, ["context", "teacher", "student", "student / teacher"], rows)
+            tables.append(Table(title, ["context", "teacher", "student", "student / teacher"], rows))
+    yield Gallery(tables)
     machine = run.bench.get("machine") or {}
     if machine:
         yield Text(
@@ -76,6 +71,17 @@ def _beside(row: dict[str, Any], key: str, write: Any) -> list[str]:
 
 def _seconds(value: float) -> str:
     return f"{value:.3g} s"
+
+
+FIGURES = (
+    ("prefill_tokens_per_second", "Reading, tokens per second", count_name),
+    ("time_to_first_token", "Time to the first token", _seconds),
+    ("decode_tokens_per_second", "Writing, tokens per second", count_name),
+    ("peak_bytes", "Peak memory", bytes_name),
+    ("cache_bytes", "Decode cache, measured", bytes_name),
+    ("batch_at_memory", "Sequences that fit the memory at once", words.whole),
+)
+"""What bench.json has of each length: key, title, and how it is written."""
 
 
 def devices(run: Run) -> tuple[int, str]:

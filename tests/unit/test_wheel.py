@@ -55,7 +55,9 @@ def test_wheel_holds_every_module_and_no_other(contents):
 
 def test_wheel_holds_the_data(contents):
     data = {name for name in contents if not name.endswith(".py")}
-    assert data == ours("*.yaml") | {f"relinear/{p.relative_to(ROOT)}" for p in embedded()}
+    assert data == ours("*.yaml") | ours("*.html") | ours("*.css") | {
+        f"relinear/{p.relative_to(ROOT)}" for p in embedded()
+    }
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {Path(name).name for name in data}
     assert any(name.endswith(".yaml") for name in data)
 
