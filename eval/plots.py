@@ -102,7 +102,8 @@ def _layer_lines(
         colour = colours((number - low) / (high - low) * _BRIGHTEST)
         _line(axes, tokens, values, color=colour, label=name, linewidth=1.3)
         tokens, values = _series(evaluated, lambda record, name=name: record["eval"]["losses"].get(name))
-        axes.plot(tokens, values, "o", color=colour, markersize=4)
+        if tokens:
+            axes.plot(tokens, values, "o", color=colour, markersize=4)
     if len(layers) > _MANY_LAYERS:
         shown = ListedColormap(colours(np.linspace(0, _BRIGHTEST, 256)))
         figure.colorbar(ScalarMappable(Normalize(low, high), shown), ax=axes, label="layer", pad=0.02)

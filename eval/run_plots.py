@@ -141,34 +141,6 @@ def task_bars(tasks: Mapping[str, dict[str, Any]], path: str | Path) -> Path:
     return Path(path)
 
 
-def by_position(positions: Sequence[dict[str, Any]], path: str | Path) -> Path:
-    """Perplexity of student and teacher over the position in the text, with standard errors.
-
-    Args:
-        positions: `from`, `to`, and `student` and `teacher` with `perplexity` and `perplexity_stderr`.
-        path: of the PNG.
-    """
-    with _figure(path, 7.2, 3.8) as figure:
-        axes = figure.subplots()
-        for number, model in enumerate(_MODELS):
-            own = [place for place in positions if place.get(model)]
-            if own:
-                axes.errorbar(
-                    [(place["from"] + place["to"]) / 2 for place in own],
-                    [place[model]["perplexity"] for place in own],
-                    yerr=[place[model].get("perplexity_stderr") or 0.0 for place in own],
-                    capsize=2, label=model, **_look(number),
-                )  # fmt: skip
-        if min(place["from"] for place in positions) * 16 < max(place["to"] for place in positions):
-            axes.set_xscale("log", base=2)
-            ticks = sorted({place["to"] for place in positions})
-            axes.set_xticks(ticks, [context_name(tick) for tick in ticks], fontsize=8)
-        axes.set_xlabel("position in the text (tokens)")
-        axes.set_ylabel("perplexity")
-        _legend(figure, axes)
-    return Path(path)
-
-
 PANELS = (
     ("prefill_tokens_per_second", "reading (tokens/s)", count_name),
     ("decode_tokens_per_second", "writing (tokens/s)", count_name),

@@ -171,8 +171,7 @@ def open_session(
                     f"warning: {folder}: no locks here ({lock.unsupported}); see to it that one run alone uses it"
                 )
         held = world.first(lambda: run_folder.claim(folder, record, loader.dump(recipe), resume=resume))
-        if world.main:
-            progress = Kept(progress, folder)
+        progress = Kept(progress, folder) if world.main else progress
         if resume and not held:
             progress.note(f"{folder}: holds no run yet; starting it")
         progress.note(

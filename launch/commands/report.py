@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or a folder with some in it.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs, or a folder with some in it.")],
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Folder for the page; RUN/report by default.", show_default=False),
@@ -36,9 +36,9 @@ def report(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Write what a run's files say as one HTML page, with its pictures.
+    """Write a run's figures as one HTML page.
 
-    The page needs nothing beside it and no network: verdict, layer map, losses, recall, benchmarks, speed, cost,
+    The page holds its pictures and needs no network: verdict, layer map, losses, recall, benchmarks, speed, cost,
     warnings, recipe, versions. A run under way is shown so far; what is missing stands there with the command that
     makes it. Several runs are put beside each other. An earlier report in the same folder is replaced.
     """

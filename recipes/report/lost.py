@@ -11,6 +11,7 @@ from typing import Any
 
 from ...eval import recall_table, run_plots
 from ...eval.heatmaps import heatmap
+from ...eval.position_plots import perplexity_by_position
 from ...eval.tables import count_name, time_name
 from . import words
 from .blocks import Block, Gallery, Missing, Picture, Table, Text
@@ -222,9 +223,9 @@ def position(run: Run) -> Iterator[Block]:
     places: list[dict[str, Any]] = result["positions"]
     yield Picture(
         "position.png",
-        partial(run_plots.by_position, places),
-        f"Perplexity of student and teacher by position, up to {places[-1]['to']:,} tokens",
-        "A model that uses its whole context goes on falling to the right.",
+        partial(perplexity_by_position, result),
+        f"Perplexity, KL and agreement by position, up to {places[-1]['to']:,} tokens",
+        "Where a model uses its whole context, perplexity falls to the right. Grey: beyond the teacher's context.",
     )
     header = ["positions", "tokens", "perplexity", "teacher's", "KL (nats/token)", "same top token"]
     yield Table("Perplexity by position in the text", header, [_position(place) for place in places])
@@ -253,17 +254,17 @@ def generation(run: Run) -> Iterator[Block]:
     if judged is None:
         yield _absent(run, "mt_bench", "No judge has read its answers (MT-Bench).")
         return
-    scores = [judged.get(model) or {} for model in MODELS]
-    numbers = [words.whole(one.get("n")) for one in scores]
-    rows = [["all", *(words.estimate(one.get("score"), one.get("stderr"), 2) for one in scores), *numbers]]
-    for name, values in (judged.get("categories") or {}).items():
-        each = [values.get(model) if isinstance(values, dict) else None for model in MODELS]
-        written = [
-            words.estimate(one.get("score"), one.get("stderr"), 2) if isinstance(one, dict) else _number(one)
-            for one in each
+    every = {"all": judged, **(judged.get("categories") or {})}
+    rows = [
+        [
+            name,
+            *(words.estimate((one.get(m) or {}).get("score"), (one.get(m) or {}).get("stderr"), 2) for m in MODELS),
+            *(words.whole((one.get(m) or {}).get("n")) for m in MODELS),
         ]
-        rows.append([name, *written, "", ""])
-    yield Table(f"MT-Bench, judged by {judged.get('judge')}", ["", *MODELS, *(f"answers, {m}" for m in MODELS)], rows)
+        for name, one in every.items()
+    ]
+    header = ["", *MODELS, *(f"marks, {model}" for model in MODELS)]
+    yield Table(f"MT-Bench, judged by {judged.get('judge') or 'nobody yet'}", header, rows)
     yield _settings(judged)
 
 
@@ -285,29 +286,35 @@ def _generation(result: dict[str, Any]) -> Iterator[Block]:
         rows = [
             ["same from the start (tokens)", words.of(completion.get("common_prefix"), digits=1)],
             ["same token at the same place", words.of(completion.get("agreement"), as_percent=True)],
+            ["wholly the same", words.of(completion.get("identical"), as_percent=True)],
         ]
-        title = (
-            f"Greedy continuations beside the teacher's: {completion.get('n')} of {completion.get('new_tokens')} tokens"
-        )
-        yield Table(title, ["", "student"], rows)
+        number, length = completion.get("n"), completion.get("new_tokens")
+        yield Table(f"Greedy continuations beside the teacher's: {number} of {length} tokens", ["", "student"], rows)
     repetition = result.get("repetition")
     if repetition:
-        figures = {"distinct_1": "different tokens", "distinct_2": "different pairs", "distinct_4": "different fours"}
-        figures["loops"] = "texts that end in a loop"
+        models = [model for model in (*MODELS, "text") if repetition.get(model)]
         rows = [
-            [label, *(_share((repetition.get(model) or {}).get(key)) for model in MODELS)]
-            for key, label in figures.items()
+            [label, *(words.percent(repetition[m].get(key), repetition[m].get(f"{key}_stderr")) for m in models)]
+            for key, label in REPETITION.items()
         ]
-        yield Table("Repetition in generated text", ["", *MODELS], rows)
+        yield Table(
+            "Repetition in generated text; “text” is what the document itself goes on with", ["", *models], rows
+        )
+    examples = result.get("examples") or []
+    if examples:
+        header = [key for key in ("prompt", "text", *MODELS) if any(one.get(key) is not None for one in examples)]
+        rows = [[str(one.get(key) or "") for key in header] for one in examples]
+        title = "Examples of continuations"
+        yield Table(title, header, rows, words=range(len(header)), folded=f"{title} ({len(rows)})")
     yield _settings(result)
 
 
-def _share(value: Any) -> str:
-    return words.of(value, as_percent=True) if isinstance(value, dict) else words.percent(value)
-
-
-def _number(value: Any) -> str:
-    return words.estimate(value, None, 2) if isinstance(value, int | float) else words.NONE
+REPETITION = {
+    "distinct_1": "different tokens",
+    "distinct_2": "different pairs",
+    "distinct_4": "different runs of four",
+    "loops": "texts that end in a loop",
+}
 
 
 def _settings(result: dict[str, Any]) -> Text:
@@ -316,6 +323,7 @@ def _settings(result: dict[str, Any]) -> Text:
         key: result[key] for key in ("lengths", "samples", "seed", "filler") if result.get(key) is not None
     }
     said = [f"{key} {words.plain(value)}" for key, value in given.items() if value is not None]
+    said += [str(note) for note in result.get("notes") or []]
     if result.get("seconds"):
         said.append(f"took {time_name(result['seconds'])}")
     return Text("Measured with: " + "; ".join(said) + "." if said else "Measured by relinear eval.")

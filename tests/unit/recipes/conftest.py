@@ -199,17 +199,29 @@ def suites(folder: Path) -> None:
     def place(start: int, end: int) -> dict[str, Any]:
         model = {"perplexity": 4.0 - start / 2048, "perplexity_stderr": 0.05, "loss": 1.3}
         both = {"student": model | {"perplexity": model["perplexity"] + 0.31}, "teacher": model}
-        return {"from": start, "to": end, "tokens": 900, **both, "kl": 0.1, "kl_stderr": 0.01, "top1_agreement": 0.8}
+        return {
+            "from": start,
+            "to": end,
+            "tokens": 900,
+            **both,
+            "kl": 0.1,
+            "kl_stderr": 0.01,
+            "top1_agreement": 0.8,
+            "top1_agreement_stderr": 0.01,
+            "beyond_context": start >= 512,
+        }
 
     places = [place(start, end) for start, end in ((0, 128), (128, 256), (256, 512), (512, 1024))]
     write(folder / "eval" / "long.json", {"suite": "long", **common, "lengths": [1024], "positions": places})
     written = {"metric": "exact_match", "n": 64, **pair(0.31, 0.42)}
-    repetition = {"distinct_1": 0.4, "distinct_2": 0.7, "distinct_4": 0.9, "loops": 0.02}
+    examples = [{"prompt": "Once <u>", "text": "upon", "student": "in", "teacher": None}]
+    repetition = {"distinct_1": 0.4, "distinct_1_stderr": 0.02, "distinct_2": 0.7, "distinct_4": 0.9, "loops": 0.02}
     completion = {"common_prefix": estimate(11.5, 1.2), "agreement": estimate(0.71), "n": 32, "new_tokens": 64}
     generation = {"tasks": {"gsm8k": written}, "completion": completion}
-    generation |= {"repetition": {"student": repetition, "teacher": repetition}}
+    generation |= {"repetition": {"student": repetition, "teacher": repetition}, "examples": examples}
     write(folder / "eval" / "generation.json", {"suite": "generation", **common, **generation})
-    judged = {"judge": "a judge", "student": {"score": 5.1, "stderr": 0.2, "n": 80}, "teacher": None, "categories": {}}
+    judged = {"judge": "a judge", "student": {"score": 5.1, "stderr": 0.2, "n": 80}, "teacher": None}
+    judged |= {"categories": {"math": {"student": {"score": 3.25, "stderr": 0.5, "n": 20}, "teacher": None}}}
     write(folder / "eval" / "mt_bench.json", {"suite": "mt_bench", **common, **judged})
 
     def speed(length: int, factor: float) -> dict[str, Any]:
