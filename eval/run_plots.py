@@ -16,6 +16,7 @@ KEPT = "#333333"
 """Colour of a layer that keeps its attention; mixers have the others in turn."""
 MIXERS = _COLOURS[1:]
 _ROW = 16  # layers beside each other
+_PITCH = 1.25  # from row to row, in squares: numbers stand between
 _MODELS = ("teacher", "student")
 
 
@@ -33,16 +34,16 @@ def layer_map(drawing: str, names: Mapping[str, str], path: str | Path) -> Path:
     columns = min(_ROW, max(len(drawing), 1))
     rows = -(-len(drawing) // columns)
     beside = max(1, columns // 4)
-    with _figure(path, 0.46 * columns + 1.6, 0.56 * rows + 0.3 + 0.22 * -(-len(names) // beside)) as figure:
+    with _figure(path, 0.46 * columns + 1.6, 0.6 * rows + 0.2 + 0.22 * -(-len(names) // beside)) as figure:
         axes = figure.subplots()
         for layer, letter in enumerate(drawing):
-            x, y = layer % columns, layer // columns
+            x, y = layer % columns, _PITCH * (layer // columns)
             axes.add_patch(Rectangle((x + 0.04, y + 0.04), 0.92, 0.78, color=colours[letter]))
             look = {"color": ink(colours[letter]), "fontweight": "bold"}
             axes.text(x + 0.5, y + 0.43, letter, ha="center", va="center", **look)
-            axes.text(x + 0.5, y + 0.99, str(layer), ha="center", va="center", color="#555555", fontsize=7)
+            axes.text(x + 0.5, y + 1.0, str(layer), ha="center", va="center", color="#555555", fontsize=7)
         axes.set_xlim(0, columns)
-        axes.set_ylim(rows + 0.1, 0)
+        axes.set_ylim(_PITCH * rows, 0)
         axes.set_aspect("equal")
         axes.axis("off")
         handles = [Patch(color=colours[letter], label=f"{letter}  {name}") for letter, name in names.items()]

@@ -29,17 +29,18 @@ class Fidelity:
         when: of which state of the model, in words.
         source: the file that it stands in.
         values: as `eval.fidelity.measure` returns them.
-        final: of the finished model.
     """
 
     when: str
     source: str
     values: dict[str, Any]
-    final: bool = False
 
 
 def fidelities(run: Run) -> list[Fidelity]:
-    """Every measurement on held-out text, in the order of the work; the last one of the finished model comes last."""
+    """Every measurement on held-out text, in the order of the work; that of the run's end comes last.
+
+    A run stores what it measured at its end as the suite quick, too: that is one measurement.
+    """
     found = []
     for name, kind, _ in run.stages:
         if run.measured.get(name):
@@ -50,11 +51,12 @@ def fidelities(run: Run) -> list[Fidelity]:
                 for record in run.evaluations(name)
                 if "perplexity_ratio" in record["eval"]
             ]
-    quick = run.suites.get("quick")
-    if quick and "perplexity_ratio" in quick:
-        found.append(Fidelity("exported, suite quick", "eval/quick.json", quick, final=True))
-    if run.result and run.result.get("fidelity"):
-        found.append(Fidelity("exported, at the run's end", "result.json", run.result["fidelity"], final=True))
+    quick, own = run.suites.get("quick"), (run.result or {}).get("fidelity")
+    same = quick and own and all(quick.get(key) == own[key] for key in ("perplexity_ratio", "kl", "tokens"))
+    if quick and "perplexity_ratio" in quick and not same:
+        found.append(Fidelity("exported, suite quick", "eval/quick.json", quick))
+    if own:
+        found.append(Fidelity("exported, at the run's end", "result.json", own))
     return found
 
 
