@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
             "relinear report runs/mine --price 2.50 --out mine-report",
             "relinear report runs/mine runs/other --out both",
             "relinear report runs/quickstart",
-            then="relinear eval runs/mine/export --against FOLDER --suite recall",
+            then="relinear eval runs/mine/export --suite recall",
         )
     )(report)
 

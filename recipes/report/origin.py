@@ -10,7 +10,7 @@ from typing import Any
 from ...eval.tables import count_name
 from . import words
 from .blocks import Block, Code, Missing, Notice, Table, Text
-from .lost import NEEDS_TEXT, eval_command
+from .lost import eval_command
 from .made import run_again
 from .read import Run
 from .trained import TRAINING
@@ -115,10 +115,7 @@ def again(run: Run) -> Iterator[Block]:
         lines = [f"{run_again(run)}    # goes on with this one", *lines]
     else:
         lines.append(shlex.join(["relinear", "verify", str(run.folder)]))
-        measured = [suite for suite in run.suites if suite not in NEEDS_TEXT] + [
-            s for s in NEEDS_TEXT if s in run.suites
-        ]
-        lines += [eval_command(run, suite) for suite in measured]
+        lines += [eval_command(run, suite) for suite in run.suites]
         if run.bench is not None:
             export = str(run.folder / "export")
             lines.append(shlex.join(["relinear", "bench", "model", export, "--against", run.teacher]))

@@ -278,7 +278,7 @@ def test_commands_for_what_a_complete_run_lacks(sample, tmp_path, unrendered):
     sample.ended(folder)
     commands = [entry["command"] for entry in pages.report([folder])["runs"]["bare"]["missing"]]
     teacher = folder.parent / "teacher"
-    assert f"relinear eval {folder / 'export'} --against {teacher} --suite core" in commands
+    assert f"relinear eval {folder / 'export'} --suite core" in commands
     assert f"relinear bench model {folder / 'export'} --against {teacher}" in commands
 
 
