@@ -111,7 +111,7 @@ def pipeline() -> Any:
         axes.text(x + 5.7, 6.2, trains, ha="center", va="center", fontsize=7.5, color=INK)
         if index:
             arrow(axes, (x - 2.2, 13.8), (x - 0.1, 13.8))
-    axes.text(0.4, 1.4, "above: what a stage reads        below: what it trains", fontsize=7.5, color=SOFT)
+    axes.text(0.4, 1.4, "Above each stage: what it reads. Below: what it trains.", fontsize=7.5, color=SOFT)
     return figure
 
 
@@ -194,17 +194,16 @@ def cache() -> Any:
     figure, axes = plt.subplots(figsize=(7.2, 3.8))
     every, some = planned().cache, planned("layers.keep=3,9,15,21,27").cache
     lengths = [row[0] for row in every]
-    lines: list[tuple[str, list[int], str, int]] = [
-        ("teacher, 28 layers of attention", [row[1] for row in every], BLUE, 8),
-        ("5 layers keep attention", [row[2] for row in some], PURPLE, -34),
-        ("all layers rwkv7", [row[2] for row in every], ORANGE, 8),
+    lines: list[tuple[str, list[int], str, int, tuple[int, int]]] = [
+        ("teacher, 28 layers of attention", [row[1] for row in every], BLUE, -1, (-4, 8)),
+        ("5 layers keep attention", [row[2] for row in some], PURPLE, 1, (8, -14)),
+        ("all layers rwkv7", [row[2] for row in every], ORANGE, -1, (-4, 8)),
     ]
-    for label, sizes, color, above in lines:
+    for label, sizes, color, at, away in lines:
         axes.plot(lengths, [size / GIB for size in sizes], marker="o", color=color, lw=2)
-        said = f"{label}: {size_text(sizes[-1])}"
-        axes.annotate(
-            said, (lengths[-1], sizes[-1] / GIB), (-4, above), textcoords="offset points", ha="right", color=color
-        )
+        said, side = f"{label}: {size_text(sizes[-1])}", "right" if at < 0 else "left"
+        point = (lengths[at], sizes[at] / GIB)
+        axes.annotate(said, point, away, textcoords="offset points", ha=side, color=color)
     axes.set(xscale="log", yscale="log", xlabel="tokens in the context", ylabel="GiB for one sequence")
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.minorticks_off()
