@@ -84,9 +84,9 @@ format: install install-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# mkdocs-material's notice of its successor is no warning about these pages.
+# Not --quiet: it would hide warnings from --strict. The variable silences a notice about mkdocs-material itself.
 docs: install install-dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 	@echo "Read it: build/site/index.html"
 
 clean:

@@ -28,12 +28,13 @@ def on_startup(*, command: str, dirty: bool) -> None:
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
-    """Links that leave docs/ as links to the repository."""
-    folder = (Path(config.docs_dir) / page.file.src_uri).parent
+    """Links that leave docs/, or go to its scripts, as links to the repository."""
+    docs = Path(config.docs_dir).resolve()
+    folder = (docs / page.file.src_uri).parent
 
     def rewritten(found: re.Match[str]) -> str:
         target = (folder / found[2]).resolve()
-        if target.is_relative_to(Path(config.docs_dir).resolve()):
+        if target.is_relative_to(docs) and not target.is_relative_to(docs / "tools"):
             return found[0]
         if not target.exists():
             log.warning("Doc file '%s' links to '%s', which does not exist", page.file.src_uri, found[2])
