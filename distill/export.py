@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,14 @@ from typing import Any
 
 from .. import __version__
 from . import checkpoint, families, run_folder
-from .card import model_card
+from .card import CONVERSION, conversion, model_card
 from .errors import UserError
-from .files import commit_directory
+from .files import commit_directory, finite
 from .flatten import auto_map, modelling_files
+from .hub.leaks import public_recipe
+from .hub.licence import licence_files, licence_of
+from .hub.proof import CARD
+from .probe import write_probe
 from .teacher import Teacher, load_teacher, load_tokenizer
 
 # Copied byte for byte from the teacher's folder where they exist.
@@ -27,6 +32,8 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+SHARD = "5GB"
+"""Most bytes of a weight file, by default."""
 _SAMPLES = ("Once upon a time, there was 1 cat & 23 dogs.", " leading space", "line\nbreak\ttab", "naïve café, 日本語")
 
 
@@ -35,8 +42,10 @@ def export(
     step: str | int = "best",
     out: str | Path | None = None,
     *,
+    stage: str | None = None,
     dtype: str = "float32",
     overwrite: bool = False,
+    max_shard_size: str | int = SHARD,
     teacher: Teacher | None = None,
     student: Any = None,
     result: dict[str, Any] | None = None,
@@ -45,48 +54,125 @@ def export(
 
     Args:
         run: the run folder.
-        step: `best` or `last` of its newest stage, or a step's number.
-        out: folder to make; RUN/export by default.
+        step: `best` or `last` of its stage, or a step's number.
+        out: folder to make; RUN/export by default for the newest stage's best step, RUN/exports/STAGE-STEP for others.
+        stage: whose step; the newest one that saved something by default.
         dtype: of the weights written.
         overwrite: replace an export that stands there already.
+        max_shard_size: most bytes of a weight file, a number or e.g. `5GB`; a larger tensor has one of its own.
         teacher: of the run, where it is loaded already.
         student: the model to write as it is, where it is at hand already; `step` is then not read.
-        result: what the model card tells of it.
+        result: of the run, for the model card; where result.json tells of this very step it is read by itself.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: no such run or step, or `out` exists.
+        UserError: no such run, stage or step, or `out` exists.
     """
     run = Path(run)
     record = run_folder.read(run)
-    out = run / "export" if out is None else Path(out)
+    commit = saved_step(run, step, stage) if student is None or step != "best" else _newest(run)
+    if out is None:
+        default = step == "best" and stage is None
+        out = run / "export" if default or commit is None else run / "exports" / commit.path.name
+    out = Path(out)
     if out.exists() and not overwrite:
         raise UserError(f"{out}: already exists. Give another folder with --out, or add --overwrite to replace it")
-    newest = checkpoint.Checkpoints(run / "checkpoints").newest()
-    apart = student is None and newest is not None and _streamed(record, newest.stage)
+    apart = student is None and commit is not None and _streamed(record, commit.stage)
     teacher = teacher or _teacher(record, apart)
-    extra: dict[str, str | Path] = {
-        name: run / name for name in ("recipe.yaml", "metrics.jsonl", "loss.png") if (run / name).exists()
-    }
-    extra["README.md"] = model_card(record, (run / "recipe.yaml").read_text(encoding="utf-8"), result)
-    if apart and newest is not None:
+    extra = _companions(run, record, commit, result, teacher, dtype)
+    if apart and commit is not None:
         from .stream.export import StreamedWeights
         from .student import student_config
 
-        if step not in ("best", "last", newest.step):
-            raise UserError(f"{run}: stage {newest.stage} has no saved step {step}. Saved: {newest.step}")
         plan = _plan(record)
-        parts = StreamedWeights(teacher, plan, newest, dtype)  # pyright: ignore[reportArgumentType]
+        parts = StreamedWeights(teacher, plan, commit, dtype, shard_bytes(max_shard_size))  # pyright: ignore[reportArgumentType]
 
         def write(folder: Path) -> None:
             parts.write(folder)
             student_config(teacher, plan).save_pretrained(folder)
 
         return _export(student_config(teacher, plan), write, parts.bytes, teacher.folder, out, dtype, extra, overwrite)
-    student = student if student is not None else _load_step(run, record, step, teacher)
-    return export_student(student, teacher.folder, out, dtype=dtype, extra=extra, overwrite=overwrite)
+    if student is None:
+        assert commit is not None
+        student = _load_step(record, commit, teacher)
+    return export_student(
+        student,
+        teacher.folder,
+        out,
+        dtype=dtype,
+        extra=extra,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+    )
+
+
+def saved_step(run: Path, step: str | int, stage: str | None = None) -> checkpoint.Checkpoint:
+    """The commit that `step` and `stage` name, as for `export`.
+
+    Raises:
+        UserError: the run holds none like it; says which there are.
+    """
+    store = checkpoint.Checkpoints(run / "checkpoints")
+    commits = store.all(stage)
+    if not commits:
+        known = list(dict.fromkeys(commit.stage for commit in store.all()))
+        if not known:
+            raise UserError(f"{run}: holds no saved step yet. Go on with the run: relinear run RECIPE --resume")
+        raise UserError(f"{run}: stage {stage} has no saved step. Stages that have: {', '.join(known)}")
+    newest = commits[-1]
+    wanted = newest.step if step == "last" else step
+    if step == "best":
+        wanted = (newest.state.get("best") or {"step": newest.step})["step"]
+    found = {commit.step: commit for commit in commits if commit.stage == newest.stage}
+    if wanted not in found:
+        known = "; ".join(
+            f"{name}: {', '.join(str(c.step) for c in store.all(name))}"
+            for name in dict.fromkeys(commit.stage for commit in store.all())
+        )
+        raise UserError(f"{run}: stage {newest.stage} has no saved step {wanted}. Saved: {known}. Add --stage NAME")
+    return found[wanted]
+
+
+def _newest(run: Path) -> checkpoint.Checkpoint | None:
+    """The best saved step of the newest stage, None where nothing was trained."""
+    try:
+        return saved_step(run, "best")
+    except UserError:
+        return None
+
+
+def _companions(
+    run: Path,
+    record: dict[str, Any],
+    commit: checkpoint.Checkpoint | None,
+    result: dict[str, Any] | None,
+    teacher: Teacher,
+    dtype: str,
+) -> dict[str, str | Path]:
+    """What stands beside weights and code: facts for the card, recipe, metrics; no place of this machine."""
+    extra: dict[str, str | Path] = {name: run / name for name in ("metrics.jsonl", "loss.png") if (run / name).exists()}
+    saved = None
+    if commit is not None:
+        saved = {"stage": commit.stage, "step": commit.step, "tokens": commit.state.get("tokens")}
+    if result is None:
+        result = _result_of(run, record, saved)
+    facts = conversion(record, saved, result, licence_of(teacher.folder), dtype)
+    extra[CONVERSION] = json.dumps(finite(facts), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    extra["recipe.yaml"] = public_recipe((run / "recipe.yaml").read_text(encoding="utf-8"))
+    return extra
+
+
+def _result_of(run: Path, record: dict[str, Any], saved: dict[str, Any] | None) -> dict[str, Any] | None:
+    """result.json, where what it measured is this step."""
+    try:
+        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    last = next((name for name, kind in reversed(record["stages"]) if kind != "transfer"), None)
+    here = saved is None or (saved["stage"] == last and result.get("step") in (None, saved["step"]))
+    return result if here else None
 
 
 def _streamed(record: dict[str, Any], stage: str) -> bool:
@@ -110,31 +196,18 @@ def _teacher(record: dict[str, Any], apart: bool = False) -> Teacher:
     return load(known["folder"], None, dtype)
 
 
-def _load_step(run: Path, record: dict[str, Any], step: str | int, teacher: Teacher) -> Any:
+def _load_step(record: dict[str, Any], commit: checkpoint.Checkpoint, teacher: Teacher) -> Any:
     """The student as a commit holds it."""
     from .align import align_module
     from .lora import load_student
     from .student import assemble, transfer
 
-    store = checkpoint.Checkpoints(run / "checkpoints")
-    newest = store.newest()
-    if newest is None:
-        raise UserError(f"{run}: holds no saved step yet. Go on with the run: relinear run RECIPE --resume")
-    wanted = newest.step if step == "last" else step
-    if step == "best":
-        wanted = (newest.state.get("best") or {"step": newest.step})["step"]
-    commits = {commit.step: commit for commit in store.all(newest.stage)}
-    if wanted not in commits:
-        known = ", ".join(map(str, sorted(commits)))
-        raise UserError(f"{run}: stage {newest.stage} has no saved step {wanted}. Saved: {known}")
     mixers, _ = transfer(teacher, _plan(record))
-    kinds = dict(record["stages"])
-    if kinds[newest.stage] in ("calibrate", "matrix", "align"):
-        module = align_module(mixers)
-        checkpoint.load_module(module, commits[wanted].weights(), commits[wanted].path)
+    if dict(record["stages"])[commit.stage] in ("calibrate", "matrix", "align"):
+        checkpoint.load_module(align_module(mixers), commit.weights(), commit.path)
         return assemble(teacher, mixers)
     student = assemble(teacher, mixers, record.get("kept_attention"))
-    load_student(student, commits[wanted])
+    load_student(student, commit)
     return student
 
 
@@ -146,6 +219,7 @@ def export_student(
     dtype: str = "float32",
     extra: dict[str, str | Path] | None = None,
     overwrite: bool = False,
+    max_shard_size: str | int = SHARD,
 ) -> Path:
     """Write `student` to `out`: weights, config, modelling files, tokenizer and what else is given (atomic).
 
@@ -156,6 +230,7 @@ def export_student(
         dtype: of the weights written; decays and their like stay fp32.
         extra: further files: name -> text, or a path to copy.
         overwrite: replace an export that stands there already.
+        max_shard_size: as for `export`.
 
     Returns:
         `out`.
@@ -166,8 +241,11 @@ def export_student(
     """
     needed = sum(p.numel() * p.element_size() for p in student.parameters())
 
+    limit = shard_bytes(max_shard_size)
+
     def write(folder: Path) -> None:
-        _write_weights(student, folder, dtype)
+        _write_weights(student, folder, dtype, limit)
+        write_probe(student, folder)
 
     return _export(student.config, write, needed, teacher_folder, out, dtype, extra, overwrite)
 
@@ -199,13 +277,28 @@ def _export(
                 shutil.copyfile(content, folder / name)
             else:
                 (folder / name).write_text(content, encoding="utf-8")
+        if CONVERSION in (extra or {}):
+            (folder / CARD).write_text(model_card(folder), encoding="utf-8")
         _check_tokenizer(teacher_folder, folder, config.vocab_size)
 
     commit_directory(out, write, needed=needed)
     return out
 
 
-def _write_weights(student: Any, folder: Path, dtype: str) -> None:
+def shard_bytes(size: str | int) -> int:
+    """Bytes that a size like `5GB`, `200 MB` or `1GiB` means.
+
+    Raises:
+        UserError: it means none.
+    """
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(size).strip().upper())
+    if not found or found[2] not in units or float(found[1]) <= 0:
+        raise UserError(f"--max-shard-size {size}: expected a size, e.g. --max-shard-size 5GB")
+    return int(float(found[1]) * units[found[2]])
+
+
+def _write_weights(student: Any, folder: Path, dtype: str, limit: int) -> None:
     """Shards with index through transformers, in `dtype` except what must stay fp32."""
     import torch
 
@@ -215,13 +308,11 @@ def _write_weights(student: Any, folder: Path, dtype: str) -> None:
         name: value if name.endswith(fp32) or not value.is_floating_point() else value.to(target)
         for name, value in student.state_dict().items()
     }
-    student.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
+    student.save_pretrained(folder, state_dict=state, max_shard_size=limit)
 
 
 def _write_config(folder: Path, dtype: str) -> None:
     """Complete the config.json that save_pretrained wrote."""
-    import transformers
-
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["architectures"] = ["RelinearForCausalLM"]
@@ -232,7 +323,7 @@ def _write_config(folder: Path, dtype: str) -> None:
                 options["form"] = "auto"
     config["dtype"] = dtype
     config["relinear_version"] = __version__
-    config["verified_transformers"] = {"min": transformers.__version__, "max": transformers.__version__}
+    config["verified_transformers"] = None  # `verify` writes what it has seen
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -242,9 +333,8 @@ def _copy_teacher_files(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
     if (source / "generation_config.json").exists():
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
-    for path in source.iterdir():
-        if path.is_file() and path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE")):
-            shutil.copyfile(path, folder / path.name)
+    for path in licence_files(source):
+        shutil.copyfile(path, folder / path.name)
 
 
 def _check_tokenizer(teacher_folder: Path, folder: Path, vocab_size: int) -> None:

@@ -7,6 +7,7 @@ asked to go on although it is complete compare the folder with it.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,20 @@ def check_manifest(folder: Path | str) -> list[str]:
         elif checksum(path) != held["hash"]:
             problems.append(f"{path}: other content than when the run wrote it")
     return problems
+
+
+def renew(paths: Iterable[Path]) -> None:
+    """Let a run's manifest know that these files of it were written anew on purpose; nothing where there is none.
+
+    Args:
+        paths: files in one of the run's folders, e.g. RUN/export/README.md.
+    """
+    for path in map(Path.absolute, paths):
+        run = next((place for place in path.parents[1:3] if (place / MANIFEST).is_file()), None)
+        held = _read(run) if run is not None else {}
+        if run is not None and held.get("complete"):
+            held["files"][path.relative_to(run).as_posix()] = {"bytes": path.stat().st_size, "hash": checksum(path)}
+            files.write_json(run / MANIFEST, held)
 
 
 def _is_final(folder: Path, path: Path, complete: bool) -> bool:

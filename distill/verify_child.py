@@ -1,11 +1,17 @@
 """Proves an exported folder in a process that knows only torch and transformers. Run as a script by `verify`.
 
-usage: python -I verify_child.py FOLDER WORK   (writes WORK/results.json: check -> {"ok", "detail"})
+usage: python -I verify_child.py FOLDER WORK
+
+WORK/results.json is then {"transformers", "torch", "python", "checks": {check: {"ok", "detail"}}}.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import platform
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -24,7 +30,9 @@ class _Refuse:
 def main(folder: str, work: str) -> None:
     """Run every check and write the results."""
     sys.meta_path.insert(0, _Refuse())  # pyright: ignore[reportArgumentType]
+    import numpy
     import torch
+    import transformers
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,6 +46,7 @@ def main(folder: str, work: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     reference = load_file(Path(work) / "reference.safetensors")
     ids = reference["input_ids"]
+    stored = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("dtype", "float32")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
     def generate(input_ids: torch.Tensor, mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
@@ -59,6 +68,21 @@ def main(folder: str, work: str) -> None:
     def logits() -> tuple[bool, str]:
         error = (model(ids, use_cache=False).logits - reference["logits"]).abs().max().item()
         return error <= 1e-4 * max(1.0, reference["logits"].abs().max().item()), f"largest difference {error:.1e}"
+
+    def run_logits() -> tuple[bool, str]:
+        file = Path(folder) / "probe.npz"
+        if not file.exists():
+            return True, "skipped: the model was never whole in memory"
+        with numpy.load(file, allow_pickle=False) as held:
+            probe = {name: torch.from_numpy(held[name]) for name in held.files}
+        whole = model(probe["input_ids"], use_cache=False).logits
+        got, wanted = whole[..., probe["vocabulary"]], probe["logits"]
+        spread = (wanted - probe["logsumexp"][..., None]).std()
+        shift = ((got - wanted) ** 2).mean().sqrt() / spread
+        total = (whole.logsumexp(-1) - probe["logsumexp"]).abs().max() / spread
+        # Rounded weights give rounded logits: by 8 bits of mantissa in bfloat16, by 11 in float16.
+        limit = {"bfloat16": 5e-2, "float16": 1e-2}.get(stored, 1e-3)
+        return max(shift, total).item() <= limit, f"{shift:.1e} of their spread from the run's (at most {limit:g})"
 
     def greedy() -> tuple[bool, str]:
         same = torch.equal(generate(ids), generate(ids, use_cache=False))
@@ -113,7 +137,45 @@ def main(folder: str, work: str) -> None:
         sample = "Once upon a time there was a cat."
         first = tokenizer(sample, add_special_tokens=False)["input_ids"]
         second = tokenizer(tokenizer.decode(first), add_special_tokens=False)["input_ids"]
-        return first == second and max(first) < model.config.vocab_size, f"{len(first)} tokens"
+        tokenizer.save_pretrained(Path(work) / "tokenizer")
+        again = AutoTokenizer.from_pretrained(Path(work) / "tokenizer")
+        same = (
+            again(sample)["input_ids"] == tokenizer(sample)["input_ids"] and again.get_vocab() == tokenizer.get_vocab()
+        )
+        templates = again.chat_template == tokenizer.chat_template
+        good = first == second and max(first) < model.config.vocab_size and same and templates
+        return good, f"{len(first)} tokens, saved and loaded the same" + (
+            ", chat template too" if tokenizer.chat_template else ""
+        )
+
+    def generation_settings() -> tuple[bool, str]:
+        file = Path(folder) / "generation_config.json"
+        wanted = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        wanted.pop("transformers_version", None)
+        lost = [key for key, value in wanted.items() if getattr(model.generation_config, key, None) != value]
+        return not [
+            key for key in lost if not key.startswith("_")
+        ], f"lost: {lost}" if lost else f"{len(wanted)} carried"
+
+    def quick_start() -> tuple[bool, str]:
+        file = Path(folder) / "README.md"
+        card = file.read_text(encoding="utf-8") if file.exists() else ""
+        code = re.search(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
+        if code is None:
+            return True, "skipped: README.md has no Python code"
+        here = re.sub(r"^model_id = .*$", lambda _: f"model_id = {folder!r}", code[1], flags=re.MULTILINE)
+        with contextlib.redirect_stdout(io.StringIO()) as said, torch.enable_grad():
+            exec(compile(here, "README.md", "exec"), {"__name__": "quick_start"})
+        return bool(
+            said.getvalue().strip()
+        ), f"executed README.md's code: {len(said.getvalue().strip())} characters printed"
+
+    def alone() -> tuple[bool, str]:
+        try:
+            import relinear  # noqa: F401  # pyright: ignore
+        except ModuleNotFoundError:
+            return True, "relinear cannot be imported; offline"
+        return False, "relinear is importable"
 
     def training() -> tuple[bool, str]:
         model.train()
@@ -128,11 +190,17 @@ def main(folder: str, work: str) -> None:
 
     with torch.no_grad():
         for run in (
-            loads, logits, greedy, beam, sampling, left_padding, chunked_prefill, round_trip, tied, half, text
+            alone, loads, logits, run_logits, greedy, beam, sampling, left_padding, chunked_prefill, round_trip, tied,
+            half, text, generation_settings, quick_start,
         ):  # fmt: skip
             check(run.__name__, run)
     check(training.__name__, training)
-    (Path(work) / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    versions = {
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    (Path(work) / "results.json").write_text(json.dumps({**versions, "checks": results}), encoding="utf-8")
 
 
 if __name__ == "__main__":

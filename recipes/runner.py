@@ -42,6 +42,7 @@ from .final_eval import store_results
 from .held_out import TOKENS as FINAL_TOKENS
 from .logit_caches import open_stage_cache, teacher_aside, teacher_back
 from .plan import stage_settings
+from .publishing import publish_run
 from .schema import AlignStage, CalibrateStage, GlueStage, MatrixStage, Recipe, TransferStage
 from .session import Progress, Session, Silent, eval_set, open_session, stage_source
 
@@ -66,7 +67,7 @@ def run(
 
     Returns:
         What result.json holds: status (`complete` or `stopped`), stages, fidelity, layers, paths; and `table`, the same
-        as text.
+        as text. With `publish.repo` also `published`, see `publishing.publish_run`.
 
     Raises:
         UserError, MachineError, RunFailed: as the parts raise them; what was committed stays.
@@ -81,7 +82,10 @@ def run(
             return done
         if not work(session, start):
             return _stopped(session)
-        return first(lambda: _finish(session))
+        result = first(lambda: _finish(session))
+        folder, main, say = session.folder, session.engine.world.main, session.progress.note
+    # The run is complete and its memory free; the other ranks are done.
+    return result | (publish_run(recipe, folder, say) if main else {})
 
 
 def _complete(session: Session) -> dict[str, Any] | None:

@@ -28,6 +28,7 @@ from . import loader, streaming
 from .layers import LayerMap
 from .notes import Kept
 from .plan import layer_map, window
+from .publishing import before_work
 from .schema import EMBEDDED, Recipe, TrainingStage
 from .trackers import Trackers, open_trackers, require_trackers
 
@@ -124,11 +125,6 @@ def open_session(
     recipe: Recipe, *, resume: bool, max_hours: float | None, progress: Progress, start: Path | None
 ) -> Session:
     """Everything that can fail before work starts: teacher, layers, folder, data."""
-    if recipe.publish.repo is not None:
-        raise UserError(
-            "publish.repo: pushing to the Hub is not available in this version; write publish.repo=null and upload "
-            "the export folder with `hf upload`"
-        )
     _require_packages(recipe)
     if start is not None and streaming.streamed(recipe) is not None:
         raise UserError("--start: a streamed align transfers its own mixers; leave one of the two out")
@@ -140,6 +136,8 @@ def open_session(
     engine = open_engine(asked.parallel, pick_device(asked.device), asked.offload, asked.offload_dir)
     world, device = engine.world, engine.home
     progress = progress if world.main else Silent()
+    for said in before_work(recipe):
+        progress.note(said)
     source = recipe.teacher.model
     teacher = streaming.load(recipe, device)
     layers = layer_map(recipe, teacher.num_layers)

@@ -18,13 +18,13 @@ from ..student import Plan
 from .teacher import StreamedTeacher
 
 PART = 500_000_000
-"""Bytes of a shard, and so about what is in memory at once; one tensor may be larger."""
+"""Bytes of a shard at most, and so about what is in memory at once; one tensor may be larger."""
 
 
 class StreamedWeights:
     """Every tensor of the student, the teacher's where it keeps them, without ever having all of them in memory."""
 
-    def __init__(self, teacher: StreamedTeacher, plan: Plan, commit: Checkpoint, dtype: str) -> None:
+    def __init__(self, teacher: StreamedTeacher, plan: Plan, commit: Checkpoint, dtype: str, shard: int = PART) -> None:
         """Look up names and sizes.
 
         Args:
@@ -32,11 +32,12 @@ class StreamedWeights:
             plan: layer -> (mixer, options).
             commit: of an align stage: all mixers.
             dtype: of the weights written; what must stay fp32 does.
+            shard: bytes of a shard at most, where that is less than `PART`.
 
         Raises:
             UserError: a tensor of the teacher is in none of its shards, or the commit lacks one of a mixer.
         """
-        self.teacher, self.dtype = teacher, getattr(torch, dtype)
+        self.teacher, self.dtype, self.part = teacher, getattr(torch, dtype), min(PART, shard)
         self.paths = {layer: teacher.attention_path(layer) + "." for layer in plan}
         self.mixers = commit.weights()
         self.fp32: set[str] = set()
@@ -82,7 +83,7 @@ class StreamedWeights:
         part: list[str] = []
         size = 0
         for name in sorted(self.sizes):
-            if part and size + self.sizes[name] > PART:
+            if part and size + self.sizes[name] > self.part:
                 yield part
                 part, size = [], 0
             part.append(name)

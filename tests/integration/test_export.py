@@ -41,7 +41,7 @@ def test_verify_passes_for_every_family(any_teacher: Path, tmp_path: Path) -> No
     export_student(converted(any_teacher, plan), any_teacher, tmp_path / "export")
     report = verify(tmp_path / "export")
     assert report["ok"], {name: check for name, check in report["checks"].items() if not check["ok"]}
-    assert len(report["checks"]) == 12
+    assert len(report["checks"]) == 16
 
 
 def test_the_folder_is_what_transformers_and_people_expect(export: Path, llama: Path) -> None:
@@ -148,3 +148,75 @@ def test_an_export_is_not_overwritten_by_accident(export: Path, llama: Path) -> 
     assert (export / "model.safetensors").read_bytes() == before
     export_student(student, llama, export, overwrite=True)
     assert (export / "model.safetensors").read_bytes() != before
+
+
+def test_verify_writes_down_what_it_saw_and_claims_no_more(export: Path) -> None:
+    """Its proof covers every byte; the quick start of the card is executed; config.json names the version tried."""
+    import transformers
+
+    from relinear.distill.card import QUICK_START
+    from relinear.distill.hub import proof
+
+    assert json.loads((export / "config.json").read_text())["verified_transformers"] is None
+    (export / "README.md").write_text(f"# Mine\n\n```python\n{QUICK_START.format(name='me/mine')}```\n")
+    report = verify(export)
+    assert report["ok"] and "characters printed" in report["checks"]["quick_start"]["detail"]
+    assert "of their spread" in report["checks"]["run_logits"]["detail"]
+    this = {"min": transformers.__version__, "max": transformers.__version__}
+    assert report["verified"] == this == json.loads((export / "config.json").read_text())["verified_transformers"]
+    assert proof.problems(export) == []
+    # A proof of the same bytes under an older version counts on; of other bytes it does not.
+    held = proof.read(export)
+    assert held is not None
+    older = {**held["transformers"], "5.0.0": held["transformers"][transformers.__version__]}
+    proof.write(export, older, None)
+    assert verify(export)["verified"] == {"min": "5.0.0", "max": transformers.__version__}
+    (export / "recipe.yaml").write_text("schema: 1\n# another\n")
+    assert proof.problems(export) != []
+    assert verify(export)["verified"] == this
+
+
+def test_verify_notices_weights_that_are_not_the_runs_and_a_broken_quick_start(export: Path, llama: Path) -> None:
+    other = export_student(converted(llama, {0: ("rwkv7", {})}), llama, export.parent / "other")
+    shutil.copyfile(other / "probe.npz", export / "probe.npz")
+    (export / "README.md").write_text("```python\nmodel_id = 1\nraise SystemExit('stop')\n```\n")
+    report = verify(export)
+    assert {name for name, check in report["checks"].items() if not check["ok"]} == {"run_logits", "quick_start"}
+
+
+def test_the_teachers_chat_template_and_licence_go_along(export: Path, llama: Path, tmp_path: Path) -> None:
+    teacher = Path(shutil.copytree(llama, tmp_path / "teacher"))
+    (teacher / "LICENSE").write_text("MIT License")
+    (teacher / "NOTICE.txt").write_text("of somebody")
+    out = export_student(converted(llama, {1: ("rwkv7", {})}), teacher, tmp_path / "carried")
+    template = load_model(out)[1].chat_template
+    assert template and template == load_teacher(llama).tokenizer.chat_template
+    assert (out / "LICENSE").read_text() == "MIT License" and (out / "NOTICE.txt").exists()
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 5e-2), ("float16", 1e-2)])
+def test_rounded_weights_stay_near_the_run(llama: Path, tmp_path: Path, dtype: str, limit: float) -> None:
+    """The tolerance of `run_logits`, with room to both sides."""
+    import numpy
+
+    student = converted(llama, {1: ("gated_deltanet", {}), 2: ("rwkv7", {})})
+    out = export_student(student, llama, tmp_path / "low", dtype=dtype)
+    model, _ = load_model(out)
+    with numpy.load(out / "probe.npz") as held:
+        ids, wanted = torch.from_numpy(held["input_ids"]), torch.from_numpy(held["logits"])
+        with torch.no_grad():
+            got = model(ids).logits[..., torch.from_numpy(held["vocabulary"])]
+        error = ((got - wanted) ** 2).mean().sqrt() / (wanted - torch.from_numpy(held["logsumexp"])[..., None]).std()
+    assert limit / 1000 < error < limit / 2
+
+
+def test_shards_are_as_large_as_asked(llama: Path, tmp_path: Path) -> None:
+    from relinear.distill.export import shard_bytes
+
+    out = export_student(converted(llama, {1: ("rwkv7", {})}), llama, tmp_path / "out", max_shard_size="30KB")
+    assert len(list(out.glob("model-*.safetensors"))) > 2 and (out / "model.safetensors.index.json").exists()
+    load_model(out)
+    assert [shard_bytes(text) for text in ("5GB", "1.5 MB", "2GiB", 7)] == [5 * 10**9, 1_500_000, 2**31, 7]
+    for wrong in ("many", "5TB", "0"):
+        with pytest.raises(UserError, match="--max-shard-size"):
+            shard_bytes(wrong)

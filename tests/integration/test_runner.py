@@ -261,8 +261,6 @@ def test_wandb_gets_the_metrics(
 
 
 def test_what_this_version_cannot_do_is_refused(teacher: Path, story_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"publish\.repo"):
-        runner.run(recipe(teacher, story_file, tmp_path / "run", "publish.repo=me/mine"))
     with pytest.raises(UserError, match="nothing is converted"):
         runner.run(recipe(teacher, story_file, tmp_path / "run", "layers.convert=none"))
     if not torch.cuda.is_available():

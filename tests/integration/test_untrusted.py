@@ -140,6 +140,7 @@ def test_shards_outside_of_the_teachers_folder_are_refused(teacher: Path, tmp_pa
         "track.wandb=../../away",
         "publish.repo=../../away",
         "publish.repo=a/b/c",
+        "publish.base_model=../../away",
         "layers.mixer=../../away",
     ],
 )

@@ -56,6 +56,9 @@ TORCH_FREE = {
         f"eval.{name}": False
         for name in ("store", "suites", "models", "texts", "local_tasks", "recovery", "core_table")
     },
+    "distill.card": False,
+    **{f"distill.hub.{name}": False for name in ("proof", "leaks", "licence", "citations", "card_results")},
+    **{f"distill.hub.{name}": False for name in ("errors", "push", "publish")},
     "launch": True,
     "recipes": True,
 }
