@@ -265,7 +265,8 @@ def _limits(facts: dict[str, Any], config: dict[str, Any], measured: Results) ->
         lines.append(f"- Trained on {said}; what lies beyond was not measured.")
     lines += [
         "- It knows what the teacher knows, with its errors and its biases; nothing was done about either.",
-        "- Assisted decoding and compiled decoding with a cache are not supported.",
+        "- Assisted decoding and compiled decoding with a cache are not supported; servers with attention of their own "
+        "(vLLM, TGI) cannot run it.",
         "- Decays and states stay in float32 whatever the dtype of the weights. Quantised loading was not tried.\n",
     ]
     return lines

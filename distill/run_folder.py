@@ -6,7 +6,7 @@ FOLDER/metrics.jsonl       every stage's metrics
 FOLDER/transfer.json       where every parameter of every mixer came from
 FOLDER/calibrate.json      what calibrate found and did in every layer; calibrate.png shows it
 FOLDER/checkpoints/        commits, `STAGE-STEP`
-FOLDER/export/             the converted model
+FOLDER/export/             the converted model; FOLDER/exports/STAGE-STEP/ other saved steps
 FOLDER/logs/               what the run said; stacks of a process that hung
 FOLDER/replay/             batch and generators of a step that failed
 FOLDER/manifest.json       every final file, with size and hash

@@ -8,6 +8,7 @@ WORK/results.json is then {"transformers", "torch", "python", "checks": {check: 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import platform
@@ -172,7 +173,7 @@ def main(folder: str, work: str) -> None:
 
     def alone() -> tuple[bool, str]:
         try:
-            import relinear  # noqa: F401  # pyright: ignore
+            importlib.import_module("relinear")
         except ModuleNotFoundError:
             return True, "relinear cannot be imported; offline"
         return False, "relinear is importable"
