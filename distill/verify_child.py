@@ -58,7 +58,7 @@ def main(folder: str, work: str) -> None:
     def check(name: str, run: Callable[[], tuple[bool, str]]) -> None:
         try:
             ok, detail = run()
-        except Exception:
+        except (Exception, SystemExit):
             ok, detail = False, traceback.format_exc(limit=-3)
         results[name] = {"ok": bool(ok), "detail": detail}
 

@@ -19,8 +19,6 @@ from pydantic import (
     model_validator,
 )
 
-from ..distill.errors import UserError
-from ..distill.hub.licence import parse_licence
 from ..mixers import registry
 from . import rules
 from .fields import (
@@ -40,6 +38,7 @@ from .fields import (
 )
 from .layers import FORMS, check_form
 from .schema_glue import LoraSection, LossWeights, TeacherLogitsSection
+from .schema_publish import PublishSection
 from .stream_section import StreamSection
 from .units import COUNT_WORDS
 
@@ -466,43 +465,6 @@ class SaveSection(Section):
         default=None, ge=1, description="training tokens between saved steps; ten per stage if null"
     )
     keep: int = Field(default=2, ge=1, description="saved steps kept, the newest ones; the best is kept beside them")
-
-
-class PublishSection(Section):
-    """Where the result goes when it is pushed."""
-
-    repo: str | None = Field(
-        default=None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,95})?$",
-        description="Hub repository, NAME or OWNER/NAME",
-    )
-    private: bool = Field(default=True, description="create it as a private repository")
-    license: str | None = Field(
-        default=None,
-        min_length=1,
-        description="licence of the model as the Hub names it, or NAME=LINK; what the teacher's files say if null",
-    )
-    base_model: str | None = Field(
-        default=None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,95})?$",
-        description="the teacher's Hub id for the card, where `teacher.model` is a local folder",
-    )
-    collection: str | None = Field(
-        default=None, min_length=1, description="title or slug of a collection of yours to put the model in"
-    )
-    steps: bool = Field(default=False, description="push every saved step too, each as a revision named STAGE-STEP")
-
-    @field_validator("license")
-    @classmethod
-    def _known_license(cls, value: str | None) -> str | None:
-        if value is not None:
-            try:
-                parse_licence(value)
-            except UserError as error:
-                raise ValueError(
-                    str(error).removeprefix(f"--license {value}: ").replace("--license ", "license: ")
-                ) from None
-        return value
 
 
 class Recipe(Section):

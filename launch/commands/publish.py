@@ -200,10 +200,15 @@ def card(folder: Target, license: License = None, base_model: BaseModel = None, 
 def _results(folder: Path) -> dict[str, Any]:
     """What `relinear eval` and `relinear bench model` stored of this very checkpoint."""
     from ...distill.hub.card_results import read_results
+    from ...eval.store import checkpoint_digest, results_folder
 
-    around = folder.absolute().parent
-    own = around / "eval" if (around / RECORD).is_file() else Path("eval-results") / folder.absolute().name
-    return read_results(own)
+    found = read_results(results_folder(folder))
+    this = checkpoint_digest(folder) if found else ""
+    for suite in list(found):
+        if (found[suite].get("checkpoints") or {}).get("student", this) != this:
+            talk(f"Left out: {suite} was measured of other weights. Measure it again: relinear eval {folder}")
+            del found[suite]
+    return found
 
 
 def _export_of(folder: Path) -> Path:
@@ -247,7 +252,7 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go up and what is missing.")] = False,
     json: Json = False,
 ) -> None:
-    """Push a verified checkpoint to the Hub; private unless you say otherwise.
+    """Push a verified checkpoint to the Hub; private by default.
 
     Refused are folders that were not verified as they are now, secrets, and paths of this machine. What was cut off
     goes on where it stopped: type the same command again. The token is that of `hf auth login`, or HF_TOKEN.

@@ -150,6 +150,7 @@ def test_an_export_is_not_overwritten_by_accident(export: Path, llama: Path) -> 
     assert (export / "model.safetensors").read_bytes() != before
 
 
+@pytest.mark.slow
 def test_verify_writes_down_what_it_saw_and_claims_no_more(export: Path) -> None:
     """Its proof covers every byte; the quick start of the card is executed; config.json names the version tried."""
     import transformers
