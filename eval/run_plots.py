@@ -138,6 +138,7 @@ def task_bars(tasks: Mapping[str, dict[str, Any]], path: str | Path) -> Path:
         axes.set_yticks(range(len(tasks)), list(tasks))
         axes.set_ylim(len(tasks) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
+        axes.set_xlabel("score")
         _legend(figure, axes)
     return Path(path)
 

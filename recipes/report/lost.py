@@ -14,7 +14,7 @@ from ...eval.heatmaps import heatmap
 from ...eval.position_plots import perplexity_by_position
 from ...eval.tables import count_name, time_name
 from . import words
-from .blocks import Block, Gallery, Missing, Picture, Table, Text
+from .blocks import Block, Gallery, Missing, Notice, Picture, Table, Text
 from .made import run_again
 from .read import Run
 
@@ -180,6 +180,10 @@ def core(run: Run) -> Iterator[Block]:
     rows = [_task(name, task) for name, task in tasks.items()]
     if result.get("mean"):
         rows.append(_task("mean", result["mean"]))
+    if result.get("limit") is not None:
+        yield Notice(
+            f"Only the first {result['limit']} documents of each task were read: not comparable with whole tasks."
+        )
     yield Table(
         "Benchmark tasks; recovery: the student's score as a share of the teacher's, also of what lies above guessing",
         ["task", "metric", "documents", "guessing", *MODELS, "recovery", "above guessing"],
@@ -290,7 +294,7 @@ def _generation(result: dict[str, Any]) -> Iterator[Block]:
             ["same token at the same place", words.of(completion.get("agreement"), as_percent=True)],
             ["wholly the same", words.of(completion.get("identical"), as_percent=True)],
         ]
-        number, length = completion.get("n"), completion.get("new_tokens")
+        number, length = completion.get("n"), f"{completion.get('new_tokens'):g}"
         yield Table(f"Greedy continuations beside the teacher's: {number} of {length} tokens", ["", "student"], rows)
     repetition = result.get("repetition")
     if repetition:
@@ -339,5 +343,23 @@ def _absent(run: Run, suite: str, text: str) -> Missing:
 
 
 def eval_command(run: Run, suite: str) -> str:
-    """`relinear eval` for one suite of this run's export: teacher and held-out text are the run's own."""
-    return shlex.join(["relinear", "eval", str(run.folder / "export"), "--suite", suite])
+    """`relinear eval` for one suite of this run's export, with the settings that its stored result had.
+
+    Teacher and held-out text are the run's own.
+    """
+    given = (run.suites.get(suite) or {}).get("settings") or {}
+    options = []
+    for name in (*OPTIONS, *FLAGS):
+        value = given.get(name)
+        if value is not None and value is not False:
+            options.append(f"--{name.replace('_', '-')}")
+            options += [] if name in FLAGS else [",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    return shlex.join(["relinear", "eval", str(run.folder / "export"), "--suite", suite, *options])
+
+
+OPTIONS = (
+    *("tasks", "lengths", "samples", "seed", "filler", "max_tokens", "seq_len", "limit", "num_fewshot", "data"),
+    *("task_dir", "batch", "max_new_tokens", "questions", "endpoint", "judge"),
+)
+FLAGS = ("generate", "chat", "allow_code")
+"""Settings of a stored result that `relinear eval` takes by the same names."""

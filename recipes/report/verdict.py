@@ -59,8 +59,12 @@ def _core(run: Run) -> list[Tile]:
     mean = (run.suites.get("core") or {}).get("mean") or {}
     if not mean.get("recovery"):
         return []
-    number = len(run.suites["core"]["tasks"])
-    return [Tile("Benchmarks recovered", words.of(mean["recovery"], as_percent=True), f"mean over {number} tasks")]
+    note = (
+        f"mean over {len(run.suites['core']['tasks'])} tasks; teacher {words.of(mean.get('teacher'), as_percent=True)}"
+    )
+    limit = run.suites["core"].get("limit")
+    note += "" if limit is None else f"; first {limit} documents of each only"
+    return [Tile("Benchmarks recovered", words.of(mean["recovery"], as_percent=True), note)]
 
 
 def _cache(run: Run) -> Tile:

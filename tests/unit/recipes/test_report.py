@@ -194,6 +194,7 @@ def test_numbers_are_those_of_the_files(whole, sample):
     assert row(checked, "Repetition", "different tokens")[1] == "40.0 ± 2.0 %"
     assert row(checked, "MT-Bench, judged by a judge", "math") == ["math", "–", "3.25 ± 0.50", "–", "20"]
     assert row(checked, "Examples of continuations", "Once <u>")[1:] == ["upon", "in"]
+    assert f"relinear eval {folder / 'export'} --suite core --seed 0 --limit 100" in checked.text["again"]
     assert row(checked, "calibrate: relative error", "3")[1:5] == ["1.01", "0.9", "0.8", "0.3"]
     assert row(checked, "align: loss", "4") == ["4", "0.125", "0.0125", "0.025", "0.0125"]
 
