@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +24,7 @@ from .align import align_module
 from .attention import attention_heads
 from .attention_stats import StatsSum
 from .calibrate_layer import LayerReport, calibrate_layer, output_error
-from .calibrate_streams import Sample, run_to, sample
+from .calibrate_streams import Given, Sample, run_to, sample
 from .checkpoint import Checkpoint, Checkpoints, load_module, module_tensors
 from .data.batch import Batch
 from .data.source import Source
@@ -129,21 +131,17 @@ def run_calibrate(
             return StageResult(
                 name, "stopped", number, state["tokens"], state["seconds"], {}, None, [], {}, commit.path
             )
-        try:
-            rows[str(layer)] = _one_layer(teacher, mixers, layer, fit, held, settings)
-        except (ValueError, RuntimeError) as error:  # torch's solvers raise RuntimeErrors
-            raise RunFailed(f"{name}: layer {layer} ({mixers[layer].spec.name}): {error}. {_mend(name)}") from error
+
+        def look(batch: Batch, own: bool, layer: int = layer) -> Given:
+            return run_to(teacher, mixers, layer, batch, own)
+
+        with layer_named(name, layer, mixers[layer]):
+            rows[str(layer)] = calibrate_mixer(teacher, mixers[layer], layer, fit, held, settings, look)
         done = spent * (number + 1) // len(wanted)
         callbacks.progress({"stage": name, "step": number + 1, "tokens": done, "loss": rows[str(layer)]["calibrated"]})
     if state["fingerprints"]["frozen"] != fingerprints(teacher.model.state_dict()):
         raise RunFailed(f"{name}: the teacher changed. This is an error of relinear, not of your input")
-    report = {
-        "method": settings.method,
-        "inputs": settings.inputs,
-        "tokens": spent,
-        "held_out_tokens": sum(one.tokens for one in held),
-        "layers": rows,
-    }
+    report = stage_report(settings, spent, sum(one.tokens for one in held), rows)
     seconds = time.perf_counter() - start
     result = StageResult(name, "complete", len(wanted), spent, seconds, {}, None, [], report, store.folder)
     state |= {"tokens": spent, "rows": rows, "seconds": seconds}
@@ -151,6 +149,26 @@ def run_calibrate(
     commit = store.commit(name, len(wanted), module_tensors(module), state, complete=True)
     files.write_json(folder / f"{name}.json", report)
     return dataclasses.replace(result, path=commit.path)
+
+
+def stage_report(settings: CalibrateSettings, tokens: int, held_out: int, rows: dict[str, Any]) -> dict[str, Any]:
+    """What the stage's JSON holds."""
+    report = {"method": settings.method, "inputs": settings.inputs, "tokens": tokens, "held_out_tokens": held_out}
+    return report | {"layers": rows}
+
+
+@contextmanager
+def layer_named(name: str, layer: int, mixer: Mixer) -> Iterator[None]:
+    """What goes wrong inside names the layer.
+
+    Raises:
+        RunFailed: statistics or a solution are not finite.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:  # torch's solvers raise RuntimeErrors
+        advice = f"Leave the stage out, or check the teacher's weights and stages.{name}.tokens"
+        raise RunFailed(f"{name}: layer {layer} ({mixer.spec.name}): {error}. {advice}") from error
 
 
 def calibration_batches(
@@ -175,38 +193,65 @@ def teacher_errors(teacher: Teacher, mixers: dict[int, Mixer], batches: list[Bat
 
 
 def _held(teacher: Teacher, mixers: dict[int, Mixer], layer: int, batch: Batch) -> Sample:
-    return sample(teacher, mixers, layer, batch, False, run_to(teacher, mixers, layer, batch, False))
+    return sample(teacher, batch, run_to(teacher, mixers, layer, batch, False))
+
+
+def looked_at(settings: CalibrateSettings, hidden_size: int) -> int | None:
+    """Tokens after which no further batch is looked at; None for all: the fit of the output projection reads them."""
+    return None if settings.method == "full" else max(LOOKED_AT, PER_CHANNEL * hidden_size)
 
 
 @torch.no_grad()
-def _one_layer(
+def calibrate_mixer(
     teacher: Teacher,
-    mixers: dict[int, Mixer],
+    mixer: Mixer,
     layer: int,
-    fit: list[Batch],
-    held: list[Batch],
+    fit: Iterable[Batch],
+    held: Iterable[Batch],
     settings: CalibrateSettings,
+    look: Callable[[Batch, bool], Given],
 ) -> dict[str, Any]:
-    """Calibrate a layer; its row of the report."""
-    mixer, own = mixers[layer], settings.inputs == "student"
+    """Calibrate one layer's mixer in place.
+
+    Args:
+        teacher: frozen; of its weights those of this layer's attention are read.
+        mixer: as transferred.
+        layer: its number.
+        fit: batches to fit; read once.
+        held: others, which decide; read once.
+        settings: of the stage.
+        look: (batch, on the student's stream) -> what the layer meets there, as `run_to` gives it.
+
+    Returns:
+        The layer's row of the report.
+
+    Raises:
+        ValueError, RuntimeError: something is not finite, or cannot be solved.
+    """
+    own, most = settings.inputs == "student", looked_at(settings, mixer.geometry.hidden_size)
     sums = StatsSum(mixer.geometry.num_heads, settings.seq_len, settings.window)
-    samples, seen = [], 0
-    looked_at = max(LOOKED_AT, PER_CHANNEL * mixer.geometry.hidden_size)
+    seen, contexts = 0, max(LOOKED_AT, PER_CHANNEL * mixer.geometry.hidden_size)
+
+    def seen_in(batch: Batch, given: Given) -> Sample:
+        return sample(teacher, batch, given, look(batch, True) if own else None)
+
+    samples: list[Sample] = []
     for batch in fit:
-        if seen >= looked_at and settings.method != "full":
-            break  # only the fit of the output projection reads more
-        given = run_to(teacher, mixers, layer, batch, False)
-        one = sample(teacher, mixers, layer, batch, own, given)
-        if seen < looked_at:
+        if most is not None and seen >= most:
+            break
+        given = look(batch, False)
+        one = seen_in(batch, given)
+        if seen < contexts:
             heads = attention_heads(teacher, layer, given.hidden, given.rotary)
             one.context = sums.add(heads, batch, contexts=True)
         seen += batch.tokens
         samples.append(one)
     stats = sums.result()
-    theirs = [_held(teacher, mixers, layer, batch) for batch in held]
-    mine = theirs
-    if own:
-        mine = [sample(teacher, mixers, layer, b, True, run_to(teacher, mixers, layer, b, False)) for b in held]
+    theirs, mine = [], []
+    for batch in held:
+        given = look(batch, False)
+        theirs.append(sample(teacher, batch, given))
+        mine.append(seen_in(batch, given) if own else theirs[-1])
     fresh = type(mixer)(mixer.geometry, mixer.options, layer, mixer.num_layers, mixer.first)
     fresh.reset_parameters(torch.Generator().manual_seed(settings.seed + layer))
     errors = {"random": output_error(fresh.to(theirs[0].hidden.device), theirs)}
@@ -231,6 +276,20 @@ def _one_layer(
     }
 
 
+def check_settings(found: Checkpoint, now: dict[str, Any]) -> None:
+    """A commit was made with these settings.
+
+    Raises:
+        UserError: with others.
+    """
+    for key, value in now.items():
+        if found.state["settings"].get(key) != value:
+            raise UserError(
+                f"{found.path}: was made with {found.stage}.{key} = {found.state['settings'].get(key)}, now it is "
+                f"{value}. Set it back to resume, or start in a new folder: --out DIR"
+            )
+
+
 def _take_up(
     found: Checkpoint, now: dict[str, Any], module: torch.nn.Module, folder: Path, resume: bool
 ) -> dict[str, Any]:
@@ -240,12 +299,7 @@ def _take_up(
             f"{folder}: already holds stage {found.stage!r}. Continue it with --resume, or choose another folder: "
             "--out DIR"
         )
-    for key, value in now["settings"].items():
-        if found.state["settings"].get(key) != value:
-            raise UserError(
-                f"{found.path}: was made with {found.stage}.{key} = {found.state['settings'].get(key)}, now it is "
-                f"{value}. Set it back to resume, or start in a new folder: --out DIR"
-            )
+    check_settings(found, now["settings"])
     before, frozen = found.state["fingerprints"]["frozen"], now["fingerprints"]["frozen"]
     changed = sorted(key for key in before.keys() | frozen.keys() if before.get(key) != frozen.get(key))
     if changed:
@@ -255,7 +309,3 @@ def _take_up(
         )
     load_module(module, found.weights(), found.path)
     return dict(found.state["rows"])
-
-
-def _mend(name: str) -> str:
-    return f"Leave the stage out, or check the teacher's weights and stages.{name}.tokens"

@@ -95,24 +95,16 @@ def run_to(teacher: Teacher, mixers: dict[int, Mixer], layer: int, batch: Batch,
 
     kind = next(teacher.model.parameters()).dtype
 
-    def stand_in(mixer: Mixer) -> Any:
-        def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-            hidden, rotary = _read(args, kwargs)
-            made, _ = mixer(hidden, position_embeddings=rotary, mixer_inputs=inputs)
-            return made.to(kind), None
-
-        return forward
-
     def beside(mixer: Mixer) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            stand_in(mixer)(*args, **kwargs)
+            _forward_of(mixer, inputs, kind)(*args, **kwargs)
 
         return hook
 
     with ExitStack() as stack:
         for below, mixer in mixers.items():
             if below < layer and own:
-                stack.enter_context(_instead(teacher.attention(below), stand_in(mixer)))
+                stack.enter_context(instead(teacher.attention(below), mixer, inputs, kind))
             elif below < layer and mixer.couples_layers and mixer.first:
                 stack.callback(teacher.attention(below).register_forward_hook(beside(mixer), with_kwargs=True).remove)
         stack.callback(teacher.layers[layer].register_forward_pre_hook(place, with_kwargs=True).remove)
@@ -125,13 +117,29 @@ def run_to(teacher: Teacher, mixers: dict[int, Mixer], layer: int, batch: Batch,
 
 
 @contextmanager
-def _instead(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Another forward for a module."""
-    module.forward = forward
+def instead(attention: nn.Module, mixer: Mixer, inputs: MixerInputs, dtype: torch.dtype) -> Iterator[None]:
+    """A mixer in the place of an attention module, inside.
+
+    Args:
+        attention: the module that another forward is given.
+        mixer: computes in fp32.
+        inputs: of the batch.
+        dtype: of what it gives back.
+    """
+    attention.forward = _forward_of(mixer, inputs, dtype)
     try:
         yield
     finally:
-        del module.forward
+        del attention.forward
+
+
+def _forward_of(mixer: Mixer, inputs: MixerInputs, dtype: torch.dtype) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        hidden, rotary = _read(args, kwargs)
+        made, _ = mixer(hidden, position_embeddings=rotary, mixer_inputs=inputs)
+        return made.to(dtype), None
+
+    return forward
 
 
 def _read(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Rotary]:
@@ -140,22 +148,20 @@ def _read(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Rotary]:
     return hidden.float(), None if rotary is None else tuple(part.float() for part in rotary)
 
 
-def sample(teacher: Teacher, mixers: dict[int, Mixer], layer: int, batch: Batch, own: bool, seen: Given) -> Sample:
+def sample(teacher: Teacher, batch: Batch, seen: Given, mine: Given | None = None) -> Sample:
     """A batch for one layer's least squares.
 
     Args:
         teacher: frozen.
-        mixers: by layer; those below `layer` are done.
-        layer: its number.
         batch: on the teacher's device.
-        own: on the student's stream. The target then makes up for what the layers below got wrong, as far as the
-            family lets it: the teacher's residual stream after attention less the student's before it.
         seen: the teacher at this layer, from `run_to`.
+        mine: the student there, for a sample on its stream. The target then makes up for what the layers below got
+            wrong, as far as the family lets it: the teacher's residual stream after attention less the student's
+            before it.
     """
     assert seen.output is not None
-    if not own:
+    if mine is None:
         return Sample(seen.hidden, seen.rotary, seen.inputs, seen.output, batch.real)
-    mine = run_to(teacher, mixers, layer, batch, own=True)
     scale = teacher.family.residual_scale(teacher.values)
     target = seen.output if scale is None else seen.output + (seen.residual - mine.residual) / scale
     return Sample(mine.hidden, mine.rotary, mine.inputs, target, batch.real)

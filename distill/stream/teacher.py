@@ -161,29 +161,40 @@ class StreamedTeacher(Teacher):
         """
         if self.held is None:
             raise ValueError("no layer is held")
-        layer, given = self.held, hidden.to(self.dtype)
-        embedding = self.backbone.get_input_embeddings()
-        block = self.layers[layer]
+        layer = self.held
         made: list[Tensor] = []
-
-        def replace(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            return (given, *args[1:]), kwargs  # families scale what the embedding gives; this is past that
 
         def leave(module: nn.Module, args: tuple, output: Any) -> None:
             made.append(output[0] if isinstance(output, tuple) else output)
             raise _Passed
 
-        handles = [block.register_forward_pre_hook(replace, with_kwargs=True), block.register_forward_hook(leave)]
-        embedding.forward = lambda ids: given
-        try:
-            walk(self, [layer], batch, visit or _nothing, precision, whole=end)
-        except _Passed:
-            pass
-        finally:
-            del embedding.forward
-            for handle in handles:
+        with self.fed(hidden):
+            handle = self.layers[layer].register_forward_hook(leave)
+            try:
+                walk(self, [layer], batch, visit or _nothing, precision, whole=end)
+            except _Passed:
+                pass
+            finally:
                 handle.remove()
         return made[0] if made else None
+
+    @contextmanager
+    def fed(self, hidden: Tensor) -> Iterator[None]:
+        """Inside, the held layer receives `hidden`, (B, T, D), in a forward of the backbone on whatever ids."""
+        if self.held is None:
+            raise ValueError("no layer is held")
+        given, embedding = hidden.to(self.dtype), self.backbone.get_input_embeddings()
+
+        def replace(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            return (given, *args[1:]), kwargs  # families scale what the embedding gives; this is past that
+
+        handle = self.layers[self.held].register_forward_pre_hook(replace, with_kwargs=True)
+        embedding.forward = lambda ids: given
+        try:
+            yield
+        finally:
+            del embedding.forward
+            handle.remove()
 
     def _until(self, layer: int, batch: Batch, visit: Visit | None, precision: str) -> Tensor:
         made: list[Tensor] = []

@@ -129,7 +129,7 @@ def layer_samples(teacher: Teacher, mixers: dict[int, Any], layer: int, count: i
         batch = source.next_batch()
         with torch.no_grad():
             given = run_to(teacher, mixers, layer, batch, False)
-            one = sample(teacher, mixers, layer, batch, False, given)
+            one = sample(teacher, batch, given)
             one.context = sums.add(attention_heads(teacher, layer, given.hidden, given.rotary), batch, contexts=True)
         made.append(one)
     return made, sums.result()
@@ -175,7 +175,7 @@ def test_on_the_students_stream_the_target_is_the_teachers_residual(name: str, m
     batch = Batches().next_batch()
     given = run_to(teacher, mixers, 1, batch, False)
     mine = run_to(teacher, mixers, 1, batch, True)
-    wanted = sample(teacher, mixers, 1, batch, True, given).target
+    wanted = sample(teacher, batch, given, mine).target
     assert given.output is not None and not torch.allclose(mine.hidden, given.hidden, atol=1e-3)
     if teacher.family.post_norm:
         torch.testing.assert_close(wanted, given.output)
