@@ -57,10 +57,7 @@ def calibrate(
     )
     session.progress.done()
     if result.status == "complete":
-        rows = result.report["layers"]
-        fitted = sum(row["kept"] != "transfer" for row in rows.values())
-        session.progress.note(f"{stage.name}: {_words(rows)}; {fitted} of {len(rows)} layers gained by it")
-        calibration_errors(rows, session.folder / f"{stage.name}.png")
+        tell_calibrated(session, stage.name, result.report["layers"])
     return result
 
 
@@ -78,8 +75,20 @@ def fill_aligned(session: Session, align: AlignStage, source: Callable[..., Sour
             if str(layer) in report["layers"]:
                 report["layers"][str(layer)]["aligned"] = error
         files.write_json(path, report)
-        calibration_errors(report["layers"], session.folder / f"{stage.name}.png")
-        session.progress.note(f"{align.name}: {_words(report['layers'])}")
+        tell_aligned(session, stage.name, align.name, report["layers"])
+
+
+def tell_calibrated(session: Session, name: str, rows: dict[str, dict[str, Any]]) -> None:
+    """Say and draw what the stage of that name did to the layers."""
+    fitted = sum(row["kept"] != "transfer" for row in rows.values())
+    session.progress.note(f"{name}: {_words(rows)}; {fitted} of {len(rows)} layers gained by it")
+    calibration_errors(rows, session.folder / f"{name}.png")
+
+
+def tell_aligned(session: Session, name: str, align: str, rows: dict[str, dict[str, Any]]) -> None:
+    """Say and draw it once more, when the layers are aligned."""
+    calibration_errors(rows, session.folder / f"{name}.png")
+    session.progress.note(f"{align}: {_words(rows)}")
 
 
 def _words(rows: dict[str, dict[str, Any]]) -> str:

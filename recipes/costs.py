@@ -396,16 +396,23 @@ def calibrate_memory(
     }
 
 
-def calibrate_flops(teacher: TeacherConfig, layers: LayerMap, tokens: int, seq_len: int, student: bool) -> float:
-    """FLOPs of the calibrate stage: for every layer the teacher up to there, and the student; then its candidates."""
+def calibrate_flops(
+    teacher: TeacherConfig, layers: LayerMap, tokens: int, seq_len: int, student: bool, streamed: bool = False
+) -> float:
+    """FLOPs of the calibrate stage: for every layer the teacher up to there, and the student; then its candidates.
+
+    Where it is streamed each layer is passed twice instead: for its attention, and on to the next one.
+    """
     g, passes = teacher.geometry(0), 2 if student else 1
     per_layer = flops_per_token(teacher, layers, "align", seq_len, True) / teacher.num_layers  # mixers trained: bound
     total = 0.0
+    if streamed and layers.converted:
+        total = tokens * 9 / 8 * 2 * passes * (max(layers.converted) + 1) * per_layer
     for layer, (name, options) in layers.converted.items():
         spec = registry.spec(name)
         mixer = spec.flops_per_token(teacher.geometry(layer), spec.options.parse(options))
         fits = mixer + 2 * g.inner_size * (g.inner_size + g.hidden_size)
-        total += tokens * 9 / 8 * (passes * (layer + 1) * per_layer + 3 * fits) + _CANDIDATES * mixer
+        total += tokens * 9 / 8 * ((not streamed) * passes * (layer + 1) * per_layer + 3 * fits) + _CANDIDATES * mixer
     return total
 
 

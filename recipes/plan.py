@@ -16,7 +16,7 @@ from .costs import Counts
 from .layers import LayerMap, resolve
 from .logit_costs import logits_note, teacher_needs
 from .ranks import SHARDED, World
-from .schema import EMBEDDED, CalibrateStage, GlueStage, LoraSection, MatrixStage, Recipe, TrainingStage
+from .schema import EMBEDDED, AlignStage, CalibrateStage, GlueStage, LoraSection, MatrixStage, Recipe, TrainingStage
 from .teacher_config import TeacherConfig, read_teacher_config
 from .units import format_bytes
 
@@ -336,6 +336,32 @@ def tensor_tables(teacher: TeacherConfig, layers: LayerMap) -> list[TensorTable]
     return found
 
 
+def _calibrate_stage(
+    recipe: Recipe,
+    stage: CalibrateStage,
+    teacher: TeacherConfig,
+    layers: LayerMap,
+    counts: Counts,
+    gpu: str,
+    mfu: float,
+    notes: list,
+) -> StagePlan:
+    settings = calibrate_settings(recipe, stage, teacher.context)
+    parts = math.ceil(stage.tokens / (stage.batch * settings["seq_len"]))
+    memory = costs.calibrate_memory(teacher, layers, counts, stage.tokens, recipe.teacher.dtype)
+    align = next((other for other in recipe.stages if isinstance(other, AlignStage)), None)
+    stream, needs = align and align.stream, {}
+    if align is not None and stream is not None and layers.converted:
+        needs = stream_costs.calibrate_disk(stream, settings, teacher, layers, recipe.teacher.dtype)
+        memory = stream_costs.calibrate_memory(memory, stream, settings, teacher, layers, counts, recipe.teacher.dtype)
+        notes.append(stream_costs.note(stage.name, needs, stream, align.name))
+    flops = costs.calibrate_flops(
+        teacher, layers, stage.tokens, settings["seq_len"], settings["inputs"] == "student", stream is not None
+    )
+    hours = costs.gpu_hours(flops, gpu, mfu)
+    return StagePlan(stage.kind, stage.name, stage.title, settings, parts, 0, memory, flops, hours, disk=needs)
+
+
 def _stage(
     recipe: Recipe,
     stage: Any,
@@ -348,14 +374,7 @@ def _stage(
     world: World,
 ) -> StagePlan:
     if isinstance(stage, CalibrateStage):
-        settings = calibrate_settings(recipe, stage, teacher.context)
-        parts = math.ceil(stage.tokens / (stage.batch * settings["seq_len"]))
-        memory = costs.calibrate_memory(teacher, layers, counts, stage.tokens, recipe.teacher.dtype)
-        flops = costs.calibrate_flops(
-            teacher, layers, stage.tokens, settings["seq_len"], settings["inputs"] == "student"
-        )
-        hours = costs.gpu_hours(flops, gpu, mfu)
-        return StagePlan(stage.kind, stage.name, stage.title, settings, parts, 0, memory, flops, hours)
+        return _calibrate_stage(recipe, stage, teacher, layers, counts, gpu, mfu, notes)
     if not isinstance(stage, TrainingStage):
         return StagePlan(stage.kind, stage.name, stage.title, {}, 0, 0, {}, 0.0, 0.0)
     if isinstance(stage, MatrixStage):
@@ -397,7 +416,7 @@ def _stage(
     stream, needs = getattr(stage, "stream", None), {}
     if stream is not None and layers.converted:
         needs = stream_costs.disk(stream, settings, teacher, layers, recipe.teacher.dtype, recipe.eval.tokens)
-        notes.append(stream_costs.note(stage.name, needs, stream))
+        notes.append(stream_costs.note(stage.name, needs, stream, stage.name))
         whole = stream_costs.memory(whole, stream, settings, teacher, layers, counts, recipe.teacher.dtype)
     ranks = _ranks(recipe, stage.kind, teacher, counts, whole, needs_teacher, world)
     train, adapted = getattr(stage, "train", "all"), 0 if lora is None else trained

@@ -133,11 +133,12 @@ def _stream(raw: dict[str, Any]) -> list[tuple[Path, str]]:
         return []
     where: Path = ("stages", place, "align", "stream")
     found: list[tuple[Path, str]] = []
-    for kind in ("calibrate", "matrix"):
-        if any(other == kind for other, _ in items):
-            found.append((where, f"{kind} needs the whole teacher in memory; remove that stage, or this"))
+    if any(kind == "matrix" for kind, _ in items):
+        found.append((where, "matrix needs the whole teacher in memory; remove that stage, or this"))
     if sum(kind == "align" for kind, _ in items) > 1:
         found.append((where, "the only align stage can be streamed, and there are several; leave one"))
+    if sum(kind == "calibrate" for kind, _ in items) > 1:
+        found.append((where, "one calibrate stage can go before it, and there are several; leave one"))
     engine, measured = raw.get("engine"), raw.get("eval")
     if isinstance(engine, dict) and engine.get("parallel", "single") != "single":
         message = "runs in single processes; write engine.parallel=single, and start more of them for stream.blocks"

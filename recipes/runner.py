@@ -36,7 +36,7 @@ from ..eval.plots import loss_curves
 from ..eval.recall_table import to_text as recall_text
 from ..eval.suite import recall_suite
 from ..eval.tables import Row, to_json, to_text
-from . import loader, streaming
+from . import loader, stream_calibration, streaming
 from .calibration import calibrate, fill_aligned
 from .final_eval import store_results
 from .held_out import TOKENS as FINAL_TOKENS
@@ -138,6 +138,9 @@ def _carry_out(session: Session, stage: Any, start: Path | None, stopped: Callab
             _transfer(session, start)
         return True
     if isinstance(stage, CalibrateStage):
+        align = streaming.streamed(session.recipe)
+        if align is not None:
+            return stream_calibration.carry_out(session, stage, align, partial(_source, session), stopped)
         return _calibrate(session, stage, stopped)
     settings = StageSettings(**stage_settings(session.recipe, stage, session.teacher.context))
     source = _source(session, stage, settings.seq_len, settings.batch)

@@ -51,6 +51,44 @@ def disk(
     }
 
 
+def calibrate_disk(
+    stream: StreamSection, settings: dict[str, Any], teacher: TeacherConfig, layers: LayerMap, dtype: str
+) -> dict[str, int]:
+    """`disk` for the calibrate stage before a streamed align: what comes to one layer and what it gives.
+
+    Args:
+        stream: the section of the align.
+        settings: of the calibrate stage, as `plan.calibrate_settings` gives them.
+        teacher, layers, dtype: as for `disk`.
+    """
+    rows = settings["batch"] * settings["seq_len"]
+    positions = sum(math.ceil(part / rows) * rows for part in (settings["tokens"], settings["tokens"] / 8))
+    each, g = _PER_VALUE.get(stream.borders, _SIZES[dtype]), teacher.geometry(0)
+    streams = 2 if settings["inputs"] == "student" else 1
+    names = [name for name, _ in layers.converted.values()]
+    handed = 2 * streams if names.count("rwkv7") > 1 else 0  # kept in fp32 where borders are as computed
+    return {
+        "hidden states": math.ceil(2 * streams * positions * g.hidden_size * each),
+        "v_first": math.ceil(handed * positions * g.inner_size * _PER_VALUE.get(stream.borders, 4)),
+        "batches": _BATCH * positions,
+        "checkpoints": 2 * 4 * sum(mixer_sizes(teacher, layers).values()),
+    }
+
+
+def calibrate_memory(
+    whole: dict[str, int],
+    stream: StreamSection,
+    settings: dict[str, Any],
+    teacher: TeacherConfig,
+    layers: LayerMap,
+    counts: Counts,
+    dtype: str,
+) -> dict[str, int]:
+    """`memory` for the calibrate stage before a streamed align, from `costs.calibrate_memory`."""
+    made = memory(whole, stream, settings, teacher, layers, counts, dtype)
+    return made | {"student": 4 * max(mixer_sizes(teacher, layers).values())}
+
+
 def mixer_sizes(teacher: TeacherConfig, layers: LayerMap) -> dict[int, int]:
     """Parameters of each converted layer's mixer."""
     made = {}
@@ -93,8 +131,8 @@ def memory(
     return made | {"teacher": _SIZES[dtype] * max(layer, hidden * values["vocab_size"]), "buffers": buffers}
 
 
-def note(name: str, needs: dict[str, int], stream: StreamSection) -> str:
-    """What `disk` found, in a sentence."""
+def note(name: str, needs: dict[str, int], stream: StreamSection, align: str) -> str:
+    """What `disk` found for a stage, in a sentence; `align` is the streamed one."""
     parts = ", ".join(f"{what} {format_bytes(size)}" for what, size in needs.items() if size)
-    where = stream.dir or f"the run folder, in stream/{name}"
+    where = stream.dir or f"the run folder, in stream/{align}"
     return f"{name}: one layer at a time; up to {format_bytes(sum(needs.values()))} on the disk ({parts}); in {where}"

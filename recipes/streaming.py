@@ -8,7 +8,6 @@ takes blocks of a run that is under way in the folder RUN, on this machine or an
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -27,13 +26,13 @@ from ..distill.stream.work import Work, clear, complete, prepare, take_blocks
 from ..distill.student import transfer
 from ..distill.teacher import Teacher, load_teacher
 from ..distill.watchdog import beat
-from . import loader
+from . import loader, stream_calibration
+from .disk_room import check_room
 from .layers import LayerMap, select
 from .plan import layer_map, stage_settings
 from .schema import AlignStage, Recipe, TrainingStage
 from .stream_costs import disk
 from .teacher_config import locate, read_teacher_config
-from .units import format_bytes
 
 
 def streamed(recipe: Recipe) -> AlignStage | None:
@@ -100,7 +99,7 @@ def carry_out(
             clear(work)
         session.progress.note(f"{stage.name}: complete, loaded from {found.path}")
         session.results.append(StageResult(**found.state["result"], path=found.path))
-        return True
+        return stream_calibration.after_align(session, stage, stopped)
     _check_room(session.recipe, stage, work, session.progress.note)
     order = {layer: number for number, layer in enumerate(sorted(work.plan))}
 
@@ -125,7 +124,7 @@ def carry_out(
     for record in files.read_metrics(session.folder / "metrics.jsonl"):
         if record["stage"] == stage.name and "eval" not in record:
             session.track(record)
-    return True
+    return stream_calibration.after_align(session, stage, stopped)
 
 
 def make_work(recipe: Recipe, stage: AlignStage, teacher: Teacher, layers: LayerMap, folder: Path) -> Work:
@@ -152,19 +151,22 @@ def make_work(recipe: Recipe, stage: AlignStage, teacher: Teacher, layers: Layer
             "precision": settings.precision,
         }
     )
-    held = stage.stream
+    held, begins = stage.stream, stream_calibration.stage_of(recipe)
+    before = begins and stream_calibration.make_work(recipe, begins, stage, teacher, layers, folder)
     return Work(
         teacher=teacher,
         plan=layers.converted,
         settings=settings,
         name=stage.name,
         run=folder,
-        folder=Path(held.dir).expanduser() if held.dir else folder / "stream" / stage.name / "borders",
+        folder=stream_calibration.borders_folder(stage, folder),
         key=key,
         kind=held.borders,
         block=held.blocks,
         keep=held.keep_borders,
         seed=recipe.seed,
+        start=before and before.name,
+        start_key=before and before.key,
     )
 
 
@@ -175,24 +177,7 @@ def _check_room(recipe: Recipe, stage: AlignStage, work: Work, say: Callable[[st
     layers = layer_map(recipe, teacher.num_layers)
     plain = stage_settings(recipe, stage, teacher.context)
     needs = disk(stage.stream, plain, teacher, layers, recipe.teacher.dtype, recipe.eval.tokens)
-    places = {"checkpoints": work.run} | dict.fromkeys(set(needs) - {"checkpoints"}, work.folder)
-    text = ", ".join(f"{name} {format_bytes(size)}" for name, size in needs.items() if size)
-    say(f"{stage.name}: up to {format_bytes(sum(needs.values()))} on the disk ({text}); hidden states in {work.folder}")
-    by_disk: dict[int, tuple[Path, int]] = {}
-    for name, place in places.items():
-        with files.disk_guard(place):
-            place.mkdir(parents=True, exist_ok=True)
-        device = place.stat().st_dev
-        by_disk[device] = (place, by_disk.get(device, (place, 0))[1] + needs[name])
-    for place, needed in by_disk.values():
-        used = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
-        free = shutil.disk_usage(place).free
-        if needed > free + used:
-            raise MachineError(
-                f"stages.{stage.name}.stream: {place}: {needed:,} bytes needed, {used:,} of them there already, and "
-                f"{free:,} free. Name a folder on a larger disk (stages.{stage.name}.stream.dir=DIR), keep less of "
-                f"each number (stages.{stage.name}.stream.borders=float8), or lower stages.{stage.name}.tokens"
-            )
+    check_room(stage.name, stage.name, needs, work.run, work.folder, say)
 
 
 def _stopped(work: Work) -> StageResult:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...mixers.base import Mixer, MixerInputs
 from .. import checkpoint, files
-from ..align import align_stage, align_visit
+from ..align import align_module, align_stage, align_visit
 from ..loop import run_stage
 from ..stage import Callbacks, StageResult, StageSettings
 from ..student import Plan, transfer_layer
@@ -70,6 +70,7 @@ def train_layer(
     name: str,
     folder: Path,
     seed: int,
+    start: checkpoint.Checkpoint | None = None,
     taken: list[Border],
     handed: Border | None,
     out: Border | None,
@@ -88,6 +89,7 @@ def train_layer(
         name: of the stage.
         folder: of this layer: commits and metrics, as `run_stage` writes them; and transfer.json.
         seed: of the transfer.
+        start: the mixer's weights at the beginning; None: as transferred.
         taken: what lower layers handed on.
         handed: where to write what this layer hands on (`MixerInputs.shared`); None where nothing takes it.
         out: where to write what the teacher's layer gives; chunks that are missing afterwards are for `fill`.
@@ -98,6 +100,8 @@ def train_layer(
     if not (folder / "transfer.json").exists():
         files.write_json(folder / "transfer.json", report.to_dict())
     mixers = {layer: mixer.to(teacher.device)}
+    if start is not None:
+        checkpoint.load_module(align_module(mixers), start.weights(), start.path)
     loss, precision = str(settings.loss), settings.precision
     writers = {"out": Writer(out)} if out is not None else {}
     if handed is not None:

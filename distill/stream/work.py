@@ -57,6 +57,8 @@ class Work:
         block: layers in a block; None puts all in one.
         keep: leave the borders there at the end.
         seed: of the transfer.
+        start: name of the calibrate stage whose mixers are trained; None: as transferred.
+        start_key: what those depend on.
         callbacks: whom to tell.
         deadline: `time.monotonic()` at which to stop.
         wait: seconds between looks at what other workers do.
@@ -73,6 +75,8 @@ class Work:
     block: int | None = None
     keep: bool = False
     seed: int = 0
+    start: str | None = None
+    start_key: str | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)
     deadline: float | None = None
     wait: float = 1.0
@@ -107,7 +111,7 @@ class Work:
         """What a layer's mixer hands on: it depends on how that mixer is trained."""
         settings = {name: value for name, value in asdict(self.settings).items() if name not in COSMETIC}
         plan = {str(other): value for other, value in self.plan.items()}
-        key = value_digest([self.key, self.kind, settings, self.seed, plan])
+        key = value_digest([self.key, self.kind, settings, self.seed, plan, self.start_key])
         return Border(
             self.folder / f"shared-{key[:12]}" / f"layer-{layer:03}", key, self.kind, self.layer_folder(layer)
         )
@@ -122,6 +126,14 @@ class Work:
         if not registry.module(name).couples_layers or is_first(self.plan, layer):
             return None
         return min(other for other, (kind, _) in self.plan.items() if kind == name)
+
+    def started(self, layer: int) -> checkpoint.Checkpoint | None:
+        """The commit of the layer's calibrated mixer; None where there is none, or none yet."""
+        return None if self.start is None else layer_result(self.start_folder(layer), self.start)
+
+    def start_folder(self, layer: int) -> Path:
+        """Of that commit: see `calibrate.CalibrateWork`."""
+        return self.run / "stream" / str(self.start) / f"layer-{layer:03}"
 
     def done(self, layer: int) -> bool:
         """Nothing of the layer is left to train."""
@@ -256,6 +268,7 @@ def _train(work: Work, layer: int, given: Border, out: Border | None) -> bool:
         name=work.name,
         folder=work.layer_folder(layer),
         seed=work.seed,
+        start=work.started(layer),
         taken=[] if provider is None else [work.handed(provider)],
         handed=work.handed(layer) if work.hands_on(layer) else None,
         out=out,
@@ -276,8 +289,10 @@ def _entry(work: Work, block: range) -> int | None:
 
 
 def _ready(work: Work, block: range) -> bool:
-    """The block can be entered, and what lower blocks hand to it is there."""
+    """The block can be entered, its mixers are calibrated, and what lower blocks hand to it is there."""
     if not work.batches.border.finished or _entry(work, block) is None:
+        return False
+    if work.start and not all((work.start_folder(layer) / DONE).exists() for layer in block if layer in work.plan):
         return False
     providers = {work.provider(layer) for layer in block if layer in work.plan} - {None, *block}
     return all(work.handed(layer).finished for layer in providers if layer is not None)
@@ -379,8 +394,9 @@ def clear(work: Work) -> None:
             folder.rmdir()
     for layer in work.plan:
         folder = work.layer_folder(layer)
-        (folder / DONE).unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        for own in [folder] if work.start is None else [folder, work.start_folder(layer)]:
+            (own / DONE).unlink(missing_ok=True)
+            shutil.rmtree(own, ignore_errors=True)
 
 
 def _merged(layers: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:

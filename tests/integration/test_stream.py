@@ -19,7 +19,7 @@ from relinear.distill import checkpoint
 from relinear.distill.errors import MachineError, UserError
 from relinear.distill.files import read_metrics
 from relinear.distill.teacher import load_model
-from relinear.recipes import loader, runner, streaming
+from relinear.recipes import disk_room, loader, runner, streaming
 
 RECIPE = """\
 schema: 1
@@ -125,7 +125,7 @@ def test_a_second_process_joins(recipe: Path, tmp_path: Path) -> None:
 
 def test_no_room_is_said_before_any_work(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(streaming.shutil, "disk_usage", lambda place: usage(10**6, 10**6, 1000))
+    monkeypatch.setattr(disk_room.shutil, "disk_usage", lambda place: usage(10**6, 10**6, 1000))
     with pytest.raises(MachineError, match=r"bytes needed.*1,000 free.*stream.dir"):
         runner.run(load(recipe, tmp_path / "run", STREAM))
     assert not list((tmp_path / "run").rglob("*.safetensors"))
@@ -153,10 +153,70 @@ def test_what_cannot_stand_beside_it(recipe: Path, tmp_path: Path, change: str, 
         load(recipe, tmp_path / "run", STREAM, change)
 
 
-def test_calibrate_beside_it_is_refused(recipe: Path, tmp_path: Path) -> None:
-    recipe.write_text(recipe.read_text().replace("transfer: {}\n", "transfer: {}\n  - calibrate: {}\n"))
-    with pytest.raises(UserError, match="calibrate needs the whole teacher"):
-        load(recipe, tmp_path / "run", STREAM)
+def calibrated(recipe: Path, calibrate: str) -> None:
+    text = recipe.read_text().replace("transfer: {}\n", f"transfer: {{}}\n  - calibrate: {calibrate}\n")
+    recipe.write_text(text)
+
+
+@pytest.mark.parametrize("method", ["auto", pytest.param("full", marks=pytest.mark.slow)])
+def test_calibrate_before_it_is_that_in_memory(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    calibrated(recipe, f"{{tokens: 400, batch: 2, method: {method}}}")
+    runner.run(load(recipe, tmp_path / "memory"))
+    monkeypatch.setattr(streaming, "load_teacher", None)  # the whole teacher is not loaded
+    result = runner.run(load(recipe, tmp_path / "stream", STREAM))
+    assert [stage["name"] for stage in result["stages"]] == ["calibrate", "align"]
+    for stage in ("calibrate", "align"):
+        wanted, found = (
+            checkpoint.Checkpoints(tmp_path / run / "checkpoints").require_complete(stage).weights()
+            for run in ("memory", "stream")
+        )
+        assert wanted.keys() == found.keys()
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
+    reports = [json.loads((tmp_path / run / "calibrate.json").read_text()) for run in ("memory", "stream")]
+    assert reports[0]["method"] == {"auto": "spread", "full": "full"}[method]
+    rows = [report.pop("layers") for report in reports]
+    assert reports[0] == reports[1] and rows[0].keys() == rows[1].keys() == {"0", "2", "3"}
+    for layer, row in rows[0].items():
+        assert rows[1][layer]["kept"] == row["kept"]
+        for kind in ("random", "transfer", "calibrated", "aligned"):
+            assert rows[1][layer][kind] == pytest.approx(row[kind], rel=1e-5), (layer, kind)
+    assert (tmp_path / "stream" / "calibrate.png").exists()
+    assert not list((tmp_path / "stream" / "stream").rglob("*.safetensors"))  # hidden states, layers' commits
+
+
+@pytest.mark.slow
+def test_stopped_in_calibrate_it_goes_on(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from relinear.distill.stream import calibrate as stage
+
+    calibrated(recipe, "{tokens: 400, batch: 2, method: full}")
+    runner.run(load(recipe, tmp_path / "whole", STREAM))
+    plain, layers = stage._commit_layer, []
+
+    def dies(work: Any, layer: int, *rest: Any) -> None:
+        layers.append(layer)
+        if layers == [0, 2]:
+            raise KeyboardInterrupt
+        plain(work, layer, *rest)
+
+    monkeypatch.setattr(stage, "_commit_layer", dies)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(load(recipe, tmp_path / "run", STREAM))
+    from relinear.recipes.plan import plan
+
+    needs = plan(load(recipe, tmp_path / "run", STREAM)).stage("calibrate").disk
+    chunks = [p.stat().st_size for p in (tmp_path / "run").rglob("calibrate-002/*.safetensors")]
+    whole = (needs["hidden states"] + needs["v_first"]) / 2  # of one layer
+    assert 0.85 * whole < sum(chunks) - 900 * len(chunks) < 1.05 * whole
+    for _ in range(2):  # once to the end of layer 2, the second time over its end
+        ended = runner.run(load(recipe, tmp_path / "run", STREAM), resume=True)
+    assert ended["status"] == "complete" and layers == [0, 2, 2, 3]
+    wanted, found = mixers(tmp_path / "whole"), mixers(tmp_path / "run")
+    assert all(torch.equal(value, found[name]) for name, value in wanted.items())
+    reports = [json.loads((tmp_path / run / "calibrate.json").read_text()) for run in ("whole", "run")]
+    assert reports[0] == reports[1]
 
 
 def large_teacher(folder: Path, tokenizer: Path) -> int:

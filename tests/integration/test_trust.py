@@ -252,51 +252,74 @@ class Ranks:
         return [process.code for process in self.processes]
 
 
+ENGINES = ("ddp", "fsdp2", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3")
+
+
 @pytest.fixture(scope="module")
-def two_ranks(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """DDP with two processes, undisturbed, and the seconds that it took."""
+def two_ranks(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, float]]:
+    """Engine -> a run of two processes under it, undisturbed, and the seconds that it took."""
     from accelerate import PartialState  # noqa: F401  (forks have it then)
 
-    folder = tmp_path_factory.mktemp("two") / "run"
-    began = time.monotonic()
-    assert Ranks.of_child("ddp", teacher, folder, 2, folder.parent / "log").codes() == [0, 0]
-    return folder, time.monotonic() - began
+    made: dict[str, tuple[Path, float]] = {}
+
+    def straight(engine: str) -> tuple[Path, float]:
+        if engine not in made:
+            if engine.startswith("deepspeed"):
+                import deepspeed  # noqa: F401  (likewise)
+            folder = tmp_path_factory.mktemp("two") / "run"
+            began = time.monotonic()
+            ranks = Ranks.of_child(engine, teacher, folder, 2, folder.parent / "log")
+            assert ranks.codes() == [0, 0], (folder.parent / "log-0").read_text()
+            made[engine] = folder, time.monotonic() - began
+        return made[engine]
+
+    return straight
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
 def test_killed_at_random_moments_two_ranks_end_in_the_same_bits(
-    two_ranks: tuple[Path, float], teacher: Path, tmp_path: Path
+    engine: str, two_ranks: Callable[[str], tuple[Path, float]], teacher: Path, tmp_path: Path
 ) -> None:
     """One rank or both are killed, whichever it is; the one that is left ends by itself."""
-    straight, usual = two_ranks
-    rng = random.Random(7)
-    kills, alone, ended, wanted = 0, 0, 0, max(3, KILLS // 8)
+    straight, usual = two_ranks(engine)
+    began, rng = time.monotonic(), random.Random(7 + ENGINES.index(engine))
+    kills, alone, ended, wanted, where = 0, 0, 0, max(3, KILLS // 8), {}
     while kills < wanted:
         out = tmp_path / f"run-{ended}"
         for attempt in range(40):
-            ranks = Ranks.of_child("ddp", teacher, out, 2, tmp_path / "log")
+            ranks = Ranks.of_child(engine, teacher, out, 2, tmp_path / "log")
+            killed = False
             if attempt < 39 and kills < wanted:
                 await_moment(ranks.alive, out, rng, usual)
                 if ranks.alive():
                     ranks.kill(rng.choice([[0], [1], [0, 1]]))
+                    killed = True
             codes = ranks.codes()
             if codes == [0, 0]:
                 break
-            assert -signal.SIGKILL in codes, (tmp_path / "log-0").read_text()
+            assert killed, "".join((tmp_path / f"log-{rank}").read_text() for rank in (0, 1))
             alone += 1 in codes
             kills += 1
+            newest = checkpoint.Checkpoints(out / "checkpoints").newest() if (out / "checkpoints").is_dir() else None
+            place = "before any save" if newest is None else newest.stage + (" ended" if newest.complete else "")
+            where[place] = where.get(place, 0) + 1
         for stage in ("align", "glue"):
             made, held = (checkpoint.Checkpoints(f / "checkpoints").require_complete(stage) for f in (out, straight))
             assert same(made.weights(), held.weights()), f"run {ended} after {kills} kills, {stage}"
+        losses = [[line["loss"] for line in files.read_metrics(f / "metrics.jsonl")] for f in (out, straight)]
+        assert losses[0] == losses[1], f"run {ended} after {kills} kills"
         shutil.rmtree(out)
         ended += 1
-    print(f"\n{kills} kills of one or both of two ranks in {ended} runs; {alone} times the other ended by itself")
+    seconds = time.monotonic() - began
+    print(f"\n{engine}: {kills} kills of one or both of two ranks in {ended} runs, newest save at the kill: {where}; "
+          f"{alone} times the other ended by itself; {seconds:.0f} s")  # fmt: skip
 
 
 def test_a_rank_that_dies_ends_the_other_and_harms_nothing(
-    two_ranks: tuple[Path, float], teacher: Path, tmp_path: Path
+    two_ranks: Callable[[str], tuple[Path, float]], teacher: Path, tmp_path: Path
 ) -> None:
-    straight, _ = two_ranks
+    straight, _ = two_ranks("ddp")
     ranks = Ranks.of_child("ddp", teacher, tmp_path / "run", 2, tmp_path / "log")
     assert changes(ranks.alive, tmp_path / "run", 12)
     ranks.kill([1])

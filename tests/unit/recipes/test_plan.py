@@ -60,6 +60,20 @@ def made(teacher: str, *changes: str, recipe: str = "rwkv7", **kwargs: Any) -> p
     return planner.plan(loader.load(recipe, [f"teacher.model={teacher}", "data.source=stories", *changes]), **kwargs)
 
 
+def test_calibrate_before_a_streamed_align_holds_one_layer(folder):
+    def calibrate(*changes: str) -> planner.StagePlan:
+        recipe = loader.load("qwen2.5-7b-rwkv7", [f"teacher.model={folder(QWEN_7B)}", *changes])
+        return planner.plan(recipe).stage("calibrate")
+
+    whole, streamed = calibrate(), calibrate("stages.align.stream={borders: bfloat16}")
+    assert streamed.memory["teacher"] < whole.memory["teacher"] / 10
+    assert streamed.memory["student"] < whole.memory["student"] / 20
+    assert streamed.disk["hidden states"] == pytest.approx(2 * 64_000 * 9 / 8 * 3584 * 2, rel=0.1) and not whole.disk
+    assert streamed.flops < whole.flops / 4  # each layer once, instead of all below it again
+    both = calibrate("stages.align.stream={borders: bfloat16}", "stages.calibrate.inputs=student")
+    assert both.disk["hidden states"] == 2 * streamed.disk["hidden states"]
+
+
 def test_the_published_recipe(folder):
     recipe = loader.load("qwen2.5-7b-rwkv7", [f"teacher.model={folder(QWEN_7B)}"])
     plan = planner.plan(recipe, gpu="MI300X", mfu=0.15)
