@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,7 @@ class Ranks:
         """Ranks of the engine child, which goes on with what the folder holds."""
 
         def work() -> None:
+            warnings.simplefilter("default")  # not errors, as in a process of its own
             sys.argv = [str(CHILD), engine, str(teacher), str(folder), "--resume"]
             runpy.run_path(str(CHILD), run_name="__main__")
 
