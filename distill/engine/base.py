@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,17 @@ if TYPE_CHECKING:
     from ..teacher import Teacher
 
 MakeOptimizer = Callable[[], torch.optim.Optimizer]
+M = TypeVar("M", bound=nn.Module)
+
+
+def twin(module: M) -> M:
+    """A copy of a module for a wrapper to shard; its parameters lie in the original's memory until they are replaced.
+
+    The original stays whole for what runs between stages. A teacher's memory is that of its files where they have its
+    dtype, so that ranks of a node share it: a real copy would be one more of it for each of them.
+    """
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in module.parameters()}
+    return copy.deepcopy(module, memo)
 
 
 class Engine:

@@ -12,7 +12,6 @@ path that every test runs is worth more than two.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .base import Engine, MakeOptimizer
+from .base import Engine, MakeOptimizer, twin
 from .ddp import check_ranks
 from .world import World
 
@@ -59,7 +58,7 @@ class Fsdp2(Engine):
     def place_teacher(self, teacher: Teacher) -> Teacher:
         """A sharded copy; the original stays where it is, for what runs between stages."""
         if self._teacher is None or self._teacher[0] is not teacher:
-            placed = replace(teacher, model=copy.deepcopy(teacher.model), whole=True)
+            placed = replace(teacher, model=twin(teacher.model), whole=True)
             for layer in placed.layers:
                 self._shard(layer)
             self._shard(placed.backbone)
@@ -69,14 +68,14 @@ class Fsdp2(Engine):
 
     def place_mixers(self, mixers: dict[int, Mixer]) -> dict[int, Mixer]:
         """Sharded copies, each a root of its own."""
-        placed = {layer: copy.deepcopy(mixer).float() for layer, mixer in mixers.items()}
+        placed = {layer: twin(mixer).float() for layer, mixer in mixers.items()}
         for mixer in placed.values():
             self._shard(mixer)
         return placed
 
     def place_student(self, student: Any) -> Any:
-        """A copy, sharded when the stage begins: `begin` makes the root."""
-        return copy.deepcopy(student)
+        """A twin, sharded when the stage begins: `begin` makes the root."""
+        return twin(student)
 
     def collect(self, placed: nn.Module, original: nn.Module) -> None:
         """Gather every tensor back."""

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import deepspeed  # pyright: ignore[reportMissingImports]  (an extra)
@@ -31,7 +32,7 @@ from deepspeed.utils import (  # pyright: ignore[reportMissingImports]
 )
 from torch import Tensor, nn
 
-from .base import Engine, MakeOptimizer
+from .base import Engine, MakeOptimizer, twin
 from .ddp import check_ranks
 from .world import World
 
@@ -65,6 +66,10 @@ class Zero(Engine):
         """Assert that DeepSpeed sees the same ranks."""
         # DeepSpeed calls torch by names that torch 2.13 announces to rename, once per message.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+        # On a CPU it would compile an op for inference first, which takes minutes, and a process killed meanwhile
+        # leaves a lock in ~/.cache/torch_extensions for which every later one waits without a word.
+        backend: Any = import_module("deepspeed.comm.torch")  # by attribute it is torch itself
+        backend.build_shm_op = lambda: None
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         check_ranks(self)
         assert deepspeed.comm.get_world_size() == self.world.size, "DeepSpeed sees another number of ranks"
@@ -74,7 +79,7 @@ class Zero(Engine):
         if self.stage < 3:
             return teacher
         if self._teacher is None or self._teacher[0] is not teacher:
-            placed = replace(teacher, model=copy.deepcopy(teacher.model).to(self.world.device), whole=True)
+            placed = replace(teacher, model=twin(teacher.model).to(self.world.device), whole=True)
             head = placed.model.get_output_embeddings()
             if head is not None and head.weight is placed.model.get_input_embeddings().weight:
                 # Glue multiplies by the head, which DeepSpeed's hooks on the backbone know nothing of.
@@ -92,8 +97,8 @@ class Zero(Engine):
         return {layer: copy.deepcopy(mixer).to(self.world.device) for layer, mixer in mixers.items()}
 
     def place_student(self, student: Any) -> Any:
-        """A copy where `begin` will shard it."""
-        return copy.deepcopy(student).to(self.world.device) if self.sharded else student
+        """A twin where `begin` will shard it."""
+        return twin(student).to(self.world.device) if self.sharded else student
 
     def collect(self, placed: nn.Module, original: nn.Module) -> None:
         """Gather every tensor back."""
