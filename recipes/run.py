@@ -13,7 +13,9 @@ def main() -> int:
     """Carry out the command line as `relinear run` would and return its exit code."""
     from ..launch.main import main as command
 
-    return command(["run", *sys.argv[1:]])
+    arguments = sys.argv[1:]
+    before = arguments[:1] if arguments[:1] == ["--traceback"] else []
+    return command([*before, "run", *arguments[len(before) :]])
 
 
 if __name__ == "__main__":

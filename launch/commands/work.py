@@ -58,6 +58,7 @@ def quickstart(
 
 
 def run(
+    context: typer.Context,
     recipe: Recipe,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in this folder stopped.")] = False,
@@ -112,7 +113,8 @@ def run(
     if where is not None:
         limits = [] if max_hours is None else ["--max-hours", str(max_hours)]
         flags = [*(["--resume"] if resume else []), *(["--json"] if json else [])]
-        _start([recipe, *changes, *options, *limits, *flags], loaded, where, resume)
+        shown = ["--traceback"] if context.find_root().params.get("show_traceback") else []
+        _start([*shown, recipe, *changes, *options, *limits, *flags], loaded, where, resume)
         going_on = _going_on(recipe, changes, options, where, nproc, rendezvous)
         if where.node_rank == 0:
             next_command(going_on)

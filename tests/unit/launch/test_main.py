@@ -161,3 +161,19 @@ def test_no_colour_codes_where_there_is_no_terminal(capsys):
         cli.main(arguments)
         out, err = capsys.readouterr()
         assert "\x1b" not in out + err
+
+
+def test_a_traceback_is_asked_of_every_process(tmp_path, monkeypatch, capsys):
+    from relinear.launch import processes
+    from relinear.recipes import run as process
+
+    seen = []
+    monkeypatch.setattr(processes, "run", lambda command, *rest: seen.append(command) or 0)
+    given = ["rwkv7", "teacher.model=here", "data.source=there", "engine.parallel=ddp", "--out", str(tmp_path / "run")]
+    assert cli.main(["--traceback", "run", *given, "--nproc", "2"]) == 0
+    (command,) = seen
+    handed = command[command.index(processes.MODULE) + 1 :]
+    assert handed[:2] == ["--traceback", "rwkv7"]
+    monkeypatch.setattr("sys.argv", ["run", "--traceback", "no-such-recipe"])
+    assert process.main() == 2
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
