@@ -61,7 +61,8 @@ def glue_stage(
         student.activation_checkpointing_disable()
     compile_mixers(student.mixers(), settings.compile)
     trained = {id(p) for group in groups for p in group.parameters.values()}
-    frozen = {f"teacher {key}": tensor for key, tensor in teacher.model.state_dict(keep_vars=True).items()}
+    theirs = {} if teacher.bare else teacher.model.state_dict(keep_vars=True)
+    frozen = {f"teacher {key}": tensor for key, tensor in theirs.items()}
     frozen |= {key: tensor for key, tensor in student.state_dict(keep_vars=True).items() if id(tensor) not in trained}
     whole = StudentLoss(teacher, student, weights, settings, cache)
     stage = Stage(
@@ -72,7 +73,7 @@ def glue_stage(
         count=lambda batch: int(batch.targets[:, 1:].sum()),
         frozen=frozen,
         joint_clip=True,
-        report=lambda: {"changed": changed_tensors(teacher, student, stage.engine)},
+        report=lambda: {} if teacher.bare else {"changed": changed_tensors(teacher, student, stage.engine)},
         finish=lambda: None if tuner is None else merge_adapters(tuner),
         blame=lambda batch: first_bad_layer(teacher, student, batch),
         whole=whole,

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..mixers.specs.base import Geometry
 from . import families
-from .digest import inside
+from .digest import inside, teacher_fingerprint
 from .errors import MachineError, UserError
 from .family import Family, Head
 
@@ -34,6 +34,7 @@ class Teacher:
         folder: the local folder that was read.
         revision: commit of the Hub snapshot, None for a local folder.
         whole: a forward pass must run to its end: an engine's hooks gather and free the weights on the way.
+        known: what its files are, where its weights are not at hand and it is never run; see `load_bare`.
     """
 
     model: Any
@@ -44,6 +45,16 @@ class Teacher:
     folder: Path
     revision: str | None = None
     whole: bool = False
+    known: dict[str, str] | None = None
+
+    @property
+    def bare(self) -> bool:
+        """Without weights."""
+        return self.known is not None
+
+    def fingerprint(self) -> dict[str, str]:
+        """What its files are, as `digest.teacher_fingerprint` says."""
+        return teacher_fingerprint(self.folder) if self.known is None else self.known
 
     @property
     def config(self) -> Any:
@@ -145,6 +156,39 @@ def load_teacher(
         UserError: unknown family, missing or truncated file, tokenizer that does not fit the vocabulary.
         MachineError: the Hub cannot be reached.
     """
+    return _open(name_or_path, revision, dtype, device, attn_implementation, weights)
+
+
+def load_bare(name_or_path: str | Path, revision: str | None, dtype: str, known: dict[str, str]) -> Teacher:
+    """A teacher that is never run, whose folder need hold config.json and the tokenizer only.
+
+    Args:
+        name_or_path, revision, dtype: as for `load_teacher`.
+        known: what its files were where it was whole; those that are here must be the same.
+
+    Raises:
+        UserError: as `load_teacher`, but for missing weights; or a file is another one.
+    """
+    made = _open(name_or_path, revision, dtype, "cpu", None, None)
+    for name, value in teacher_fingerprint(made.folder).items():
+        if known.get(name) != value:
+            raise UserError(
+                f"{made.folder / name}: is not what it was where the teacher was whole. Fetch the file again, or name "
+                "that teacher: teacher.model=PATH"
+            )
+    made.known = known
+    return made
+
+
+def _open(
+    name_or_path: str | Path,
+    revision: str | None,
+    dtype: str,
+    device: str,
+    attn_implementation: str | None,
+    weights: bool | None,
+) -> Teacher:
+    """See `load_teacher`; with `weights` None their files need not be there."""
     folder, commit = locate(str(name_or_path), revision)
     config = read_config(folder)
     if config.get("model_type") == "relinear":
@@ -153,7 +197,8 @@ def load_teacher(
             "teacher.model=PATH_OR_ID"
         )
     family = families.family_of(config, str(folder / "config.json"))
-    _check_weights(folder)
+    if weights is not None:
+        _check_weights(folder)
     model = _load(folder, dtype, device, attn_implementation=attn_implementation) if weights else _empty(folder, dtype)
     model.eval().requires_grad_(False)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)

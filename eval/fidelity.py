@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from .logits import ChosenLogits, parts
 
 Progress = Callable[[int, int | None], None]
 EvalBatch = Batch | tuple[Batch, torch.Tensor]
+Spread = Callable[[list[Any], Callable[[Any], Any]], list[Any]]
 
 # Columns of the sums per document.
 _TOKENS, _STUDENT, _TEACHER, _KL, _AGREE = range(5)
@@ -52,6 +53,7 @@ def measure(
     progress: Progress | None = None,
     total: int | None = None,
     chunk_elements: int | None = None,
+    spread: Spread | None = None,
 ) -> dict[str, Any]:
     """Perplexity of one or two models on the same batches, and how far apart their predictions are.
 
@@ -67,6 +69,8 @@ def measure(
         progress: called after every batch with (target tokens done, `total`).
         total: target tokens in all, only passed on to `progress`.
         chunk_elements: most elements of one logits tensor; by default about 16 MB on a CPU, 512 MB on a GPU.
+        spread: (batches, work) -> what the work gives for each, in their order, where several processes share it; the
+            figures are those of one process, bit for bit.
 
     Returns:
         {"student": {"perplexity", "perplexity_stderr", "loss", "loss_stderr"}, "teacher": {likewise},
@@ -82,23 +86,30 @@ def measure(
     training = [model.training for model in models]
     place = next(student.parameters()).device if device is None else torch.device(device)
     limit = chunk_elements or _CHUNK_ELEMENTS.get(place.type, 2**24)
-    sums: dict[int, torch.Tensor] = {}
-    done = segments = 0
+    sources: list[ChosenLogits] = []
+    done = 0
+
+    def of_batch(item: tuple[Batch, torch.Tensor]) -> dict[int, torch.Tensor]:
+        nonlocal done
+        batch, documents = item[0].to(place), item[1].to(place)
+        if not sources:
+            sources.extend(ChosenLogits(model, batch) for model in models[: 1 if teacher is student else 2])
+        made: dict[int, torch.Tensor] = {}
+        for part, numbers in parts(batch, documents, sources):
+            done += _accumulate(sources, teacher is not None, part, numbers, made, limit)
+        if progress is not None:
+            progress(done, total)
+        return made
+
     try:
         for model in models:
             model.eval()
-        sources: list[ChosenLogits] = []
-        for item in batches:
-            batch, documents = item if isinstance(item, tuple) else (item, None)
-            if documents is None:
-                documents, segments = _number_segments(batch, segments)
-            batch, documents = batch.to(place), documents.to(place)
-            if not sources:
-                sources = [ChosenLogits(model, batch) for model in models[: 1 if teacher is student else 2]]
-            for part, numbers in parts(batch, documents, sources):
-                done += _accumulate(sources, teacher is not None, part, numbers, sums, limit)
-            if progress is not None:
-                progress(done, total)
+        numbered = _with_documents(batches)
+        found = map(of_batch, numbered) if spread is None else spread(list(numbered), of_batch)
+        sums: dict[int, torch.Tensor] = {}
+        for made in found:
+            for number, row in made.items():
+                sums[number] = sums[number] + row if number in sums else row
     finally:
         for model, mode in zip(models, training, strict=True):
             model.train(mode)
@@ -260,6 +271,17 @@ def _head(tokens: Tokens, limit: int) -> Tokens:
         raise UserError(f"max_tokens: expected at least 2 (an input and a target), found {limit}; e.g. 100000")
     tokens = tokens.head(limit)
     return tokens.pieces(tokens.offsets[:-1], np.minimum(tokens.offsets[1:], limit))
+
+
+def _with_documents(batches: Iterable[EvalBatch]) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """Every batch with the number of each position's document, which is its segment where none is given."""
+    segments = 0
+    for item in batches:
+        if isinstance(item, tuple):
+            yield item
+        else:
+            documents, segments = _number_segments(item, segments)
+            yield item, documents
 
 
 def _number_segments(batch: Batch, start: int) -> tuple[torch.Tensor, int]:

@@ -64,13 +64,13 @@ def _ask(session: Session) -> suites.Ask:
     device = str(next(session.student.parameters()).device)
     # A result counts for `relinear eval` too where that would load the same: fp32 both, and the device that it takes.
     dtype = "float32" if recipe.teacher.dtype == "float32" else f"float32, teacher {recipe.teacher.dtype}"
-    models = Models(
-        {"student": str(export), "teacher": recipe.teacher.model},
-        {"student": export, "teacher": teacher.folder},
-        dtype,
-        "auto" if recipe.engine.device == "auto" else device,
-        loaded={"student": (session.student, teacher.tokenizer), "teacher": (teacher.model, teacher.tokenizer)},
-    )
+    names: dict[str, str | None] = {"student": str(export), "teacher": None}
+    folders = {"student": export}
+    loaded = {"student": (session.student, teacher.tokenizer)}
+    if recipe.eval.against == "teacher":
+        names["teacher"], folders["teacher"] = recipe.teacher.model, teacher.folder
+        loaded["teacher"] = (teacher.model, teacher.tokenizer)
+    models = Models(names, folders, dtype, "auto" if recipe.engine.device == "auto" else device, loaded=loaded)
     wanted = {"tasks": recipe.eval.tasks, "limit": recipe.eval.limit, "data": recipe.eval.data}
     options = {**wanted, "task_dir": recipe.eval.task_dir}
     given = {name: value for name, value in options.items() if value is not None}

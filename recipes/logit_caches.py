@@ -81,6 +81,9 @@ def open_stage_cache(
     if complete:
         return cache_name(key), None
     folder = stage_folder(session.recipe, stage, key)
+    if session.teacher.bare:
+        session.progress.note(f"{stage.name}: logits from {folder}")
+        return cache_name(key), LogitCache(folder, key)
     deadline = session.deadline
     cache = _make(
         session.teacher,
@@ -157,7 +160,7 @@ def teacher_back(teacher: Teacher, device: Any) -> Iterator[None]:
 @contextmanager
 def _moved(teacher: Teacher, device: Any) -> Iterator[None]:
     before = next(teacher.model.parameters()).device
-    if device is None or torch.device(device).type == before.type:
+    if device is None or teacher.bare or torch.device(device).type == before.type:
         yield
         return
     teacher.model.to(device)

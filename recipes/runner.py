@@ -12,11 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..distill import checkpoint, files, run_folder
-from ..distill.align import align_stage, align_step
-from ..distill.data.batch import Batch
+from ..distill.align import align_stage
 from ..distill.data.source import Source
 from ..distill.errors import UserError
 from ..distill.export import export
@@ -25,10 +22,9 @@ from ..distill.logit_cache.store import CheckedSource, LogitCache
 from ..distill.loop import run_stage
 from ..distill.lora import load_student
 from ..distill.manifest import check_manifest, write_manifest
-from ..distill.matrix import matrix_rows, matrix_stage, matrix_step
+from ..distill.matrix import matrix_stage
 from ..distill.stage import Callbacks, StageResult, StageSettings
 from ..distill.student import assemble, transfer
-from ..distill.teacher import Teacher
 from ..distill.watchdog import Watchdog, beat
 from ..eval.fidelity import measure
 from ..eval.heatmaps import heatmaps
@@ -36,11 +32,19 @@ from ..eval.plots import loss_curves
 from ..eval.recall_table import to_text as recall_text
 from ..eval.suite import recall_suite
 from ..eval.tables import Row, to_json, to_text
-from . import loader, stream_calibration, streaming
+from . import loader, stream_calibration, streaming, without_teacher
 from .calibration import calibrate, fill_aligned
 from .final_eval import store_results
 from .held_out import TOKENS as FINAL_TOKENS
-from .logit_caches import open_stage_cache, teacher_aside, teacher_back
+from .logit_caches import open_stage_cache, teacher_aside
+from .measuring import (
+    align_losses,
+    glue_evaluation,
+    layer_evaluation,
+    matrix_losses,
+    measure_assembled,
+    reference,
+)
 from .plan import stage_settings
 from .publishing import publish_run
 from .schema import AlignStage, CalibrateStage, GlueStage, MatrixStage, Recipe, TransferStage
@@ -172,21 +176,19 @@ def _train(
 ) -> bool:
     """A stage that trains; False where it was stopped."""
     engine = session.engine
-    teacher = engine.place_teacher(session.teacher)
+    teacher = session.teacher if session.teacher.bare else engine.place_teacher(session.teacher)
     placed: dict[Any, Any] = {}
     if isinstance(stage, MatrixStage | AlignStage):
         placed = engine.place_mixers(session.mixers)
-        make, losses = (
-            (matrix_stage, _matrix_losses) if isinstance(stage, MatrixStage) else (align_stage, _align_losses)
-        )
+        make, losses = (matrix_stage, matrix_losses) if isinstance(stage, MatrixStage) else (align_stage, align_losses)
         made = make(teacher, placed, settings, stage.name)
-        evaluate = _layer_evaluation(session, teacher, placed, settings, losses)
+        evaluate = layer_evaluation(session, teacher, placed, settings, losses)
     else:
         if session.student is None:
             session.student = assemble(session.teacher, session.mixers, session.layers.attention).to(engine.home)
         placed[0] = engine.place_student(session.student)
         made = glue_stage(teacher, placed[0], settings, stage.name, cache)
-        evaluate = _glue_evaluation(session, teacher, placed[0], settings)
+        evaluate = glue_evaluation(session, teacher, placed[0], settings)
     session.progress.stage(stage.name, settings.tokens, newest.state["tokens"] if newest else 0)
     result = run_stage(
         made,
@@ -221,7 +223,7 @@ def _after(session: Session, stage: Any) -> None:
     """What rank 0 does when a stage is complete."""
     write_manifest(session.folder, complete=False)
     if isinstance(stage, MatrixStage | AlignStage):
-        _measure_assembled(session, stage.name)
+        measure_assembled(session, stage.name)
     if isinstance(stage, AlignStage):
         fill_aligned(session, stage, partial(_source, session))
 
@@ -236,7 +238,7 @@ def _calibrate(session: Session, stage: CalibrateStage, stopped: Callable[[], bo
     session.results.append(result)
     if result.status != "complete":
         return False
-    world.first(lambda: _measure_assembled(session, stage.name))
+    world.first(lambda: measure_assembled(session, stage.name))
     return True
 
 
@@ -253,6 +255,9 @@ def _tell(session: Session, record: dict[str, Any]) -> None:
 
 def _transfer(session: Session, start: Path | None) -> None:
     """Put the mixers in place, and say where every parameter came from."""
+    if start is not None and session.teacher.bare:
+        without_teacher.take_student(session, start)
+        return
     session.mixers, reports = transfer(session.teacher, session.layers.converted, session.recipe.seed)
     report: dict[str, Any] = {str(layer): entry.to_dict() for layer, entry in reports.items()}
     if start is not None:
@@ -268,7 +273,7 @@ def _transfer(session: Session, start: Path | None) -> None:
     for note in dict.fromkeys(note for entry in reports.values() for note in entry.notes):
         session.progress.note(note)
     if start is None:
-        world.first(lambda: _measure_assembled(session, "transfer"))
+        world.first(lambda: measure_assembled(session, "transfer"))
 
 
 def _take_mixers(session: Session, start: Path, report: dict[str, Any]) -> dict[str, Any]:
@@ -303,92 +308,6 @@ def _take_mixers(session: Session, start: Path, report: dict[str, Any]) -> dict[
     return report
 
 
-def _measure_assembled(session: Session, name: str) -> None:
-    """Fidelity of the model that the mixers make now, before any glue."""
-    if not len(session.corpus.valid):
-        return
-    path = session.folder / "measured" / f"{name}.json"
-    if path.exists() and session.resume:
-        session.measured[name] = json.loads(path.read_text(encoding="utf-8"))
-        return
-    session.measured[name] = _assembled_fidelity(session)
-    files.write_json(path, session.measured[name])
-    value = session.measured[name]
-    session.progress.note(
-        f"after {name}: held-out perplexity {value['student']['perplexity']:.3f} "
-        f"({value['perplexity_ratio']:.3f} of the teacher's), KL {value['kl']:.4f}"
-    )
-
-
-def _assembled_fidelity(session: Session, seq_len: int | None = None) -> dict[str, Any]:
-    """Fidelity of the student that the mixers make as they are now; no random number of the run is used up."""
-    with torch.random.fork_rng(devices=[]):
-        student = assemble(session.teacher, session.mixers)
-    device = next(student.parameters()).device
-    batches = eval_set(session, session.recipe.eval.tokens, seq_len)
-    return measure(student, session.teacher.model, batches, device)
-
-
-def _align_losses(
-    teacher: Teacher, mixers: dict[int, Any], settings: StageSettings, batch: Batch
-) -> tuple[dict[str, torch.Tensor], int]:
-    """Sums of a batch's align losses, and over how many tokens."""
-    loss, precision = str(settings.loss), settings.precision
-    return align_step(teacher, mixers, batch, 1, loss, precision, backward=False), batch.tokens
-
-
-def _matrix_losses(
-    teacher: Teacher, mixers: dict[int, Any], settings: StageSettings, batch: Batch
-) -> tuple[dict[str, torch.Tensor], int]:
-    """Sums of a batch's matrix losses, and over how many rows."""
-    return matrix_step(teacher, mixers, batch, 1, settings.precision, backward=False), matrix_rows(batch)
-
-
-def _layer_evaluation(
-    session: Session,
-    teacher: Teacher,
-    mixers: dict[int, Any],
-    settings: StageSettings,
-    losses: Callable[..., tuple[dict[str, torch.Tensor], int]],
-) -> Callable[[], dict[str, Any]] | None:
-    """Held-out losses per layer; `score` is their mean. With `eval.assembled` the student's fidelity too."""
-    if not len(session.corpus.valid):
-        return None
-    device = session.engine.world.device
-
-    def evaluate() -> dict[str, Any]:
-        sums: dict[str, torch.Tensor] = {}
-        total = 0
-        for batch, _ in eval_set(session, session.recipe.eval.tokens, settings.seq_len):
-            made, counted = losses(teacher, mixers, settings, batch.to(device))
-            total += counted
-            for name, value in made.items():
-                sums[name] = sums.get(name, torch.zeros(())) + value.cpu()
-        values = {name: float(value) / total for name, value in sums.items()}
-        found = {"score": values.pop("loss"), "losses": values}
-        if session.recipe.eval.assembled and not session.engine.sharded:
-            found["assembled"] = _assembled_fidelity(session, settings.seq_len)
-        return found
-
-    return evaluate
-
-
-def _glue_evaluation(
-    session: Session, teacher: Teacher, student: Any, settings: StageSettings
-) -> Callable[[], dict[str, Any]] | None:
-    """Fidelity on held-out text; `score` is the KL to the teacher."""
-    if not len(session.corpus.valid):
-        return None
-
-    def evaluate() -> dict[str, Any]:
-        batches = eval_set(session, session.recipe.eval.tokens, settings.seq_len)
-        with teacher_back(teacher, session.engine.world.device):
-            value = measure(student, teacher.model, batches, session.engine.world.device)
-        return {"score": value["kl"], **value}
-
-    return evaluate
-
-
 def _stopped(session: Session) -> dict[str, Any]:
     result = session.results[-1]
     text = (
@@ -415,11 +334,11 @@ def _finish(session: Session) -> dict[str, Any]:
     began = time.monotonic()
     if len(session.corpus.valid) and not apart:
         device = next(session.student.parameters()).device
-        fidelity = measure(session.student, session.teacher.model, eval_set(session, FINAL_TOKENS), device)
+        fidelity = measure(session.student, reference(session), eval_set(session, FINAL_TOKENS), device)
     seconds = {"quick": time.monotonic() - began}
     if "recall" in session.recipe.eval.suite and not apart:
         session.progress.note("recall: needles, pairs and their like")
-        recall = recall_suite(session.student, session.teacher.tokenizer, session.teacher.model)
+        recall = recall_suite(session.student, session.teacher.tokenizer, reference(session))
         seconds["recall"] = time.monotonic() - began - seconds["quick"]
     result: dict[str, Any] = {
         "status": "complete",
@@ -482,7 +401,8 @@ def result_rows(session: Session, fidelity: dict[str, Any] | None) -> list[Row]:
     if fidelity is None:
         return []
     spent = {"tokens": _trained_tokens(session), "seconds": sum(r.seconds for r in session.results)}
-    return [Row.of_teacher("teacher", fidelity), Row.of_student("student", fidelity, **spent)]
+    student = Row.of_student("student", fidelity, **spent)
+    return [Row.of_teacher("teacher", fidelity), student] if "teacher" in fidelity else [student]
 
 
 def _trained_tokens(session: Session) -> int:

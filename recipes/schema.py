@@ -430,7 +430,11 @@ class EvalSection(Section):
         default=None, min_length=1, description="of core: folder of files for the local_… tasks; no Hub is asked"
     )
     task_dir: str | None = Field(default=None, min_length=1, description="of core: folder of tasks in lm-eval's YAML")
-    against: Literal["teacher"] = Field(default="teacher", description="what the student is compared with")
+    against: Literal["teacher", "text"] = Field(
+        default="teacher",
+        description="what the student is compared with; text: nothing, its own perplexity on the text alone, so that "
+        "with `teacher_logits` no forward pass of the teacher is needed in glue",
+    )
     every: Count | None = Field(
         default=None, ge=1, description="training tokens between measurements; ten per stage if null"
     )

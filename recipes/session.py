@@ -15,7 +15,6 @@ from ..distill import checkpoint, run_folder
 from ..distill.data.corpus import Corpus, open_corpus
 from ..distill.data.source import Source
 from ..distill.data.windows import eval_batches
-from ..distill.digest import teacher_fingerprint
 from ..distill.engine import Engine, close_world, open_engine
 from ..distill.errors import MachineError, UserError
 from ..distill.lock import RunLock, check_free
@@ -24,7 +23,7 @@ from ..distill.stage import StageResult
 from ..distill.teacher import Teacher
 from ..distill.watchdog import beat
 from ..eval.harness import require_harness
-from . import loader, streaming
+from . import loader, streaming, without_teacher
 from .layers import LayerMap
 from .notes import Kept
 from .plan import layer_map, window
@@ -139,7 +138,7 @@ def open_session(
     for said in before_work(recipe):
         progress.note(said)
     source = recipe.teacher.model
-    teacher = streaming.load(recipe, device)
+    teacher = without_teacher.load(recipe, start) or streaming.load(recipe, device)
     layers = layer_map(recipe, teacher.num_layers)
     trains = [stage.name for stage in recipe.stages if isinstance(stage, TrainingStage)]
     if trains and not layers.converted:
@@ -151,7 +150,7 @@ def open_session(
             "folder": str(teacher.folder.resolve()),
             "revision": teacher.revision,
             "family": teacher.family.name,
-            "fingerprint": teacher_fingerprint(teacher.folder),
+            "fingerprint": teacher.fingerprint(),
         },
         "layers": {str(layer): list(value) for layer, value in layers.converted.items()},
         "kept_attention": layers.attention,

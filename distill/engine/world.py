@@ -17,6 +17,7 @@ from ..errors import MachineError, RunFailed, UserError
 from ..watchdog import waiting
 
 T = TypeVar("T")
+S = TypeVar("S")
 CPU = torch.device("cpu")
 TIMEOUT = timedelta(hours=3)
 """A rank may wait so long for another: rank 0 calibrates, measures and writes alone."""
@@ -94,6 +95,15 @@ class World:
             if kind != "done":
                 raise _ERRORS.get(kind, RunFailed)(f"rank {rank}: {value}")
         return [value for _, value in found]
+
+    def spread(self, items: list[S], work: Callable[[S], T]) -> list[T]:
+        """What the work gives for every item, in their order, on every rank; each rank does every size-th.
+
+        Raises:
+            As `outcomes`.
+        """
+        parts = self.outcomes(lambda: [work(item) for item in items[self.rank :: self.size]])
+        return [parts[number % self.size][number // self.size] for number in range(len(items))]
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.source import Source
-from ..digest import teacher_fingerprint, value_digest
+from ..digest import value_digest
 from ..teacher import Teacher
 
 FORMAT = 1
@@ -41,7 +41,7 @@ def cache_key(
         settings: what is kept.
         precision: `fp32` or `bf16`, of the teacher's forward pass.
     """
-    found = teacher_fingerprint(teacher.folder)
+    found = teacher.fingerprint()
     weights = {name: value for name, value in found.items() if name == "config.json" or name.endswith(".safetensors")}
     return {
         "format": FORMAT,

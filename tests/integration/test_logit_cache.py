@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from relinear.distill import files
 from relinear.launch.main import main
@@ -122,6 +125,46 @@ def test_the_whole_vocabulary_gives_the_run_without_a_cache(recipe: Callable[...
     assert main(["run", *recipe(*whole)]) == 0
     assert main(["run", *recipe("stages.glue.teacher_logits=null", run="plain")]) == 0
     assert glue_losses(tmp_path / "run") == pytest.approx(glue_losses(tmp_path / "plain"), rel=1e-4)
+
+
+def test_glue_where_the_teachers_weights_are_not(
+    recipe: Callable[..., list[str]],
+    tmp_path: Path,
+    llama: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Aligned and prepared where they are; then they are gone, and another run goes on from the export."""
+    whole = tmp_path / "teacher"
+    shutil.copytree(llama, whole)
+    aligned, glued = tmp_path / "aligned", tmp_path / "glued"
+    named = f"teacher.model={whole}"
+    assert main(["run", *recipe(named, f"stages=[{{transfer: {{}}}}, {{align: {STEP}}}]"), "--out", str(aligned)]) == 0
+    glue = "{tokens: 1536, batch: 4, lr: 1e-3, warmup: 1, loss: {kl: 1.0}, teacher_logits: {top_k: 16}}"
+    changes = recipe(named, f"stages=[{{transfer: {{}}}}, {{glue: {glue}}}]", "eval.against=text", run="glued")
+    start = ["--start", str(aligned)]
+    (whole / "model.safetensors").rename(tmp_path / "aside")
+    assert main(["run", *changes, *start]) == 2
+    assert "relinear prepare" in capsys.readouterr().err and not (glued / "checkpoints").exists()
+    (tmp_path / "aside").rename(whole / "model.safetensors")
+    assert main(["prepare", *changes]) == 0
+    (whole / "model.safetensors").unlink()
+    assert main(["run", *changes, *start, "--max-hours", "0", "--resume"]) == 75
+    assert main(["run", *changes, *start, "--resume"]) == 0
+    result = json.loads((glued / "result.json").read_text(encoding="utf-8"))
+    assert result["fidelity"].keys() == {"student", "tokens", "documents"}
+    assert [row["name"] for row in result["rows"]] == ["student"]
+    before, after = (load_file(folder / "export" / "model.safetensors") for folder in (aligned, glued))
+    assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
+    losses = glue_losses(glued)
+    assert losses[-1] < losses[0]
+    assert main(["verify", str(glued)]) == 0
+    # The same with the weights there, which are not looked at.
+    shutil.copytree(llama, whole, dirs_exist_ok=True)
+    assert main(["run", *changes, *start, "--out", str(tmp_path / "again")]) == 0
+    assert glue_losses(tmp_path / "again") == losses
+    (whole / "config.json").write_text((whole / "config.json").read_text() + " ")
+    assert main(["run", *changes, *start, "--out", str(tmp_path / "other")]) == 2
+    assert "config.json: is not what it was" in capsys.readouterr().err
 
 
 @pytest.mark.slow

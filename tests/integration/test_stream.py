@@ -19,7 +19,7 @@ from relinear.distill import checkpoint
 from relinear.distill.errors import MachineError, UserError
 from relinear.distill.files import read_metrics
 from relinear.distill.teacher import load_model
-from relinear.recipes import disk_room, loader, runner, streaming
+from relinear.recipes import disk_room, loader, measuring, runner, streaming
 
 RECIPE = """\
 schema: 1
@@ -58,6 +58,7 @@ def test_a_streamed_run_ends_as_one_in_memory(recipe: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(streaming, "load_teacher", refused)
     monkeypatch.setattr(runner, "assemble", refused)
+    monkeypatch.setattr(measuring, "assemble", refused)
     monkeypatch.setattr("relinear.distill.stream.export.PART", 20_000)
     result = runner.run(load(recipe, tmp_path / "stream", STREAM))
     assert result["status"] == "complete" and result["fidelity"] is None

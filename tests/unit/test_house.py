@@ -63,7 +63,7 @@ TORCH_FREE = {
     "recipes": True,
 }
 TORCH_BOUND = {
-    *("recipes.calibration", "recipes.stream_calibration"),
+    *("recipes.calibration", "recipes.stream_calibration", "recipes.measuring", "recipes.without_teacher"),
     *("recipes.logit_caches", "recipes.bench_logits"),
     *(f"recipes.select.{name}" for name in ("run", "evaluate", "forward", "attention", "guided")),
     *(
