@@ -43,7 +43,7 @@ def fidelities(run: Run) -> list[Fidelity]:
     """
     found = []
     for name, kind, _ in run.stages:
-        if run.measured.get(name):
+        if "kl" in (run.measured.get(name) or {}):
             found.append(Fidelity(f"after {name}", f"measured/{name}.json", run.measured[name]))
         if kind in ("glue", "extend"):
             found += [
@@ -52,6 +52,7 @@ def fidelities(run: Run) -> list[Fidelity]:
                 if "perplexity_ratio" in record["eval"]
             ]
     quick, own = run.suites.get("quick"), (run.result or {}).get("fidelity")
+    own = own if own and "kl" in own else None  # eval.against: text
     same = quick and own and all(quick.get(key) == own[key] for key in ("perplexity_ratio", "kl", "tokens"))
     if quick and "perplexity_ratio" in quick and not same:
         found.append(Fidelity("exported, suite quick", "eval/quick.json", quick))
@@ -78,6 +79,9 @@ def fidelity(run: Run) -> Iterator[Block]:
         )
     elif run.result is None:
         yield Missing("Nothing was measured on held-out text yet.", run_again(run))
+    elif run.result.get("fidelity"):
+        alone = run.result["fidelity"]["student"]["perplexity"]
+        yield Missing(f"The recipe compares with the text alone (eval.against): held-out perplexity {alone:.3f}.")
     else:
         yield Missing("Nothing was measured on held-out text: the recipe holds none out (data.valid).")
     if "quick" not in run.suites:
@@ -102,7 +106,8 @@ def _fidelity(one: Fidelity) -> list[str]:
 
 def recall_result(run: Run) -> dict[str, Any] | None:
     """The recall suite's result: of `relinear eval`, or else of the run's own end."""
-    return run.suites.get("recall") or (run.result or {}).get("recall")
+    found = run.suites.get("recall") or (run.result or {}).get("recall")
+    return found if found and all("teacher" in task["models"] for task in found["tasks"].values()) else None
 
 
 @dataclass(frozen=True)
