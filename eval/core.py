@@ -109,7 +109,7 @@ def core_suite(
                 chat=chat,
                 allow_code=allow_code,
             )
-            found[name, side] = done[path] = {"task": name, "key": key, **part}
+            found[name, side] = done[path] = {"task": name, "model": models.digest(side), "key": key, **part}
             files.write_json(path, files.finite(done[path]))
             kept.remove()
     tasks, covariances = {}, []

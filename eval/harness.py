@@ -230,10 +230,10 @@ def run_task(
         allow_code: run code that the model wrote, which some tasks score by.
 
     Returns:
-        {"leaves": {task: {"version", "n", "fewshot", "chance", "asked": hash of all prompts, "figures":
-        {"METRIC,FILTER": {"value", "stderr", "higher_is_better", "values": per document where the value is their mean,
-        else None}}}},
-        "groups": {group: {"METRIC,FILTER": {"value", "stderr", "higher_is_better"}}}, "seconds"}.
+        {"leaves": {task: {"version", "n", "fewshot", "chance", "asked": hash of all prompts, "answers": a document, as
+        the first filter leaves them, "figures": {"METRIC,FILTER": {"value", "stderr", "higher_is_better", "values": a
+        document where the value is their mean, else None}}}}, "groups": {group: {"METRIC,FILTER": {"value", "stderr",
+        "higher_is_better"}}}, "seconds"}.
 
     Raises:
         UserError: code would be run without leave, or the tokenizer has no chat template.
@@ -308,6 +308,7 @@ def _leaf(name: str, found: dict[str, Any]) -> dict[str, Any]:
         "fewshot": found["n-shot"].get(name),
         "chance": sum(1 / count for count in options) / len(options) if kind == "multiple_choice" else None,
         "asked": hashlib.sha256(asked.encode("utf-8")).hexdigest(),
+        "answers": [sample["filtered_resps"] for sample in first],
         "figures": figures,
     }
 

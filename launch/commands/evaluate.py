@@ -137,7 +137,7 @@ def evaluate(
     Any Hugging Face causal language model will do. Results are stored, and printed again at once while the checkpoints,
     the settings and the versions are the same; an evaluation that was killed goes on where it was.
     """
-    from ...eval import suites
+    from ...eval import store, suites
 
     names = _chosen(suite)
     given = {
@@ -165,7 +165,10 @@ def evaluate(
             if stored:
                 progress.note(f"{ask.store.path(name)}: measured before with the same settings; anew: add --again")
     _report(results, left, plots, json)
-    next_command(f"relinear generate {folder} --prompt 'Once upon a time'")
+    inside = store.run_of(folder)
+    next_command(
+        f"relinear generate {folder} --prompt 'Once upon a time'" if inside is None else f"relinear report {inside}"
+    )
 
 
 def _chosen(suite: str) -> list[str]:

@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
             "relinear run my.yaml stages.glue.tokens=2M --out runs/second",
             "relinear run my.yaml --resume --max-hours 8",
             "relinear run my.yaml engine.parallel=ddp --nproc auto",
-            then="relinear eval runs/NAME/export --against FOLDER --text valid.txt",
+            then="relinear eval runs/NAME/export",
         )
     )(run)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from relinear.distill.manifest import check_manifest
 from relinear.launch.main import main
 
 SMALL = [
@@ -112,6 +115,95 @@ def test_eval_prints_every_figure_with_its_error(finished, llama2, story_file, c
     assert 0 < found["tokens"] <= 2000 and "quick done" in err
     assert main([*arguments, "--max-tokens", "2000"]) == 0
     assert "perplexity_ratio" in capsys.readouterr().out
+
+
+def test_a_run_stores_what_it_measured_and_eval_finds_it(finished, capsys, monkeypatch):
+    """`relinear eval RUN/export` alone: the run's teacher, its held-out text, and the result that is there."""
+    from relinear.eval.models import Models
+
+    stored = json.loads((finished / "eval" / "quick.json").read_text())
+    assert stored["kl"] == json.loads((finished / "result.json").read_text())["fidelity"]["kl"]
+    assert stored["suite"] == "quick" and stored["seconds"] > 0
+    assert {"models", "checkpoints", "settings", "versions", "key"} <= set(stored)
+    assert len(stored["checkpoints"]["teacher"]) == len(stored["checkpoints"]["student"]) == 64
+    export = str(finished / "export")
+    with monkeypatch.context() as patch:
+        patch.setattr(Models, "get", lambda *_: pytest.fail("a model was loaded"))
+        assert main(["eval", export, "--json"]) == 0
+        out, err = capsys.readouterr()
+        assert json.loads(out) == stored and "measured before" in err
+    assert main(["eval", export, "--json", "--again"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    same = ("student", "teacher", "kl", "top1_agreement", "tokens", "documents", "seq_len", "key", "checkpoints")
+    assert {name: again[name] for name in same} == {name: stored[name] for name in same}
+    assert main(["eval", export, "--against", "none", "--json", "--max-tokens", "300"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert "kl" not in alone and alone["checkpoints"]["teacher"] is None
+    assert len(list((finished / "eval" / "earlier").iterdir())) == 1
+    assert check_manifest(finished) == []  # results may come and go: the manifest does not hold them
+
+
+@pytest.fixture(scope="module")
+def choices(tmp_path_factory) -> Path:
+    """A data folder for three of the shipped tasks: choices, last words, generated numbers."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "foundry").mkdir()
+    options = ["it was dark.", "Mia gave them."]
+    questions = [{"query": f"Tom had {n} balls, because", "choices": options, "gold": n % 2} for n in range(9)]
+    words = [{"context": f"Tom had a {w}. Mia saw the", "continuation": w} for w in ("ball", "kite", "dog")]
+    sums = [{"context": f"Tom has {n} balls.", "answer": str(n)} for n in range(5)]
+    for name, rows in (("copa", questions), ("lambada_openai", words), ("svamp", sums)):
+        (folder / "foundry" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_all_suites_that_can_run(finished, choices, tmp_path, monkeypatch, capsys):
+    from relinear.eval import suites
+
+    monkeypatch.setattr("relinear.eval.suite.LENGTHS", (100,))
+    monkeypatch.setattr("relinear.eval.suite.SAMPLES", 1)
+    arguments = ["eval", str(finished / "export"), "--out", str(tmp_path / "results"), "--max-new-tokens", "8"]
+    arguments += ["--suite", "all", "--data", str(choices), "--max-tokens", "500"]
+    assert main([*arguments, "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert set(found) - {"left_out"} == {"quick", "recall", "core", "generation"}, found["left_out"]
+    assert list(found["left_out"]) == ["long", "mt_bench"] and "Left out: mt_bench: --questions FILE" in err
+    assert "no document of 256 tokens" in found["left_out"]["long"]
+    assert found["core"]["tasks"]["local_copa"]["n"] == 9 and found["core"]["tasks"]["local_copa"]["recovery"]
+    files = {path.stem for path in (tmp_path / "results").glob("*.json")}
+    assert files == set(suites.SUITES) - {"long", "mt_bench"}
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert err.count("measured before") == 4 and "local_copa" in out and "completions beside" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["local_copa", "local_lambada", "local_svamp"])
+def test_the_figures_are_those_of_lm_eval(finished, choices, task, tmp_path, capsys):
+    """The harness's own command, on the exported folder with the code in it: every answer, digit for digit."""
+    results, export = tmp_path / "results", str(finished / "export")
+    arguments = ["eval", export, "--suite", "core", "--data", str(choices), "--tasks", task, "--batch", "4"]
+    assert main([*arguments, "--out", str(results), "--json"]) == 0
+    ours = json.loads(capsys.readouterr().out)
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "4"]
+    command += ["--model_args", f"pretrained={export},trust_remote_code=True", "--tasks", task, "--log_samples"]
+    command += ["--include_path", str(results / "tasks"), "--output_path", str(tmp_path / "theirs")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "theirs").rglob("results_*.json")
+    theirs = json.loads(path.read_text())["results"][task]
+    figures = {key: value for key, value in theirs.items() if "," in key and "_stderr" not in key}
+    mine = ours["tasks"][task]["figures"]
+    assert figures and {key: figure["student"]["value"] for key, figure in mine.items()} == figures
+    for key, figure in mine.items():
+        metric, _, chosen = key.partition(",")
+        assert figure["student"]["stderr"] == theirs[f"{metric}_stderr,{chosen}"]
+    parts = [json.loads(path.read_text()) for path in (results / "parts" / "core").glob("*.json")]
+    (part,) = [part for part in parts if part["model"] == ours["checkpoints"]["student"]]
+    (samples,) = (tmp_path / "theirs").rglob("samples_*.jsonl")
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert part["leaves"][task]["answers"] == [row["filtered_resps"] for row in rows]
 
 
 def test_generate_is_greedy_or_seeded(finished, capsys):
