@@ -18,6 +18,7 @@ from .flatten import auto_map, modelling_files
 from .hub.leaks import public_recipe
 from .hub.licence import licence_files, licence_of
 from .hub.proof import CARD
+from .manifest import renew
 from .probe import write_probe
 from .teacher import Teacher, load_teacher, load_tokenizer
 
@@ -282,6 +283,7 @@ def _export(
         _check_tokenizer(teacher_folder, folder, config.vocab_size)
 
     commit_directory(out, write, needed=needed)
+    renew([out])
     return out
 
 

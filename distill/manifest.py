@@ -71,14 +71,21 @@ def renew(paths: Iterable[Path]) -> None:
     """Let a run's manifest know that these files of it were written anew on purpose; nothing where there is none.
 
     Args:
-        paths: files in one of the run's folders, e.g. RUN/export/README.md.
+        paths: files in the run's folders, e.g. RUN/export/README.md, or whole folders: what they no longer hold is
+            forgotten.
     """
     for path in map(Path.absolute, paths):
-        run = next((place for place in path.parents[1:3] if (place / MANIFEST).is_file()), None)
+        run = next((place for place in path.parents[:3] if (place / MANIFEST).is_file()), None)
         held = _read(run) if run is not None else {}
-        if run is not None and held.get("complete"):
-            held["files"][path.relative_to(run).as_posix()] = {"bytes": path.stat().st_size, "hash": checksum(path)}
-            files.write_json(run / MANIFEST, held)
+        if run is None or not held.get("complete"):
+            continue
+        name = path.relative_to(run).as_posix()
+        kept = {known: entry for known, entry in held["files"].items() if not f"{known}/".startswith(f"{name}/")}
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file() and _is_final(run, file, complete=True):
+                entry = {"bytes": file.stat().st_size, "hash": checksum(file)}
+                kept[file.relative_to(run).as_posix()] = entry
+        files.write_json(run / MANIFEST, held | {"files": kept})
 
 
 def _is_final(folder: Path, path: Path, complete: bool) -> bool:

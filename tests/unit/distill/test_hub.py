@@ -322,3 +322,8 @@ def test_a_manifest_learns_of_what_was_written_on_purpose_and_of_nothing_else(tm
     renew([tmp_path / "export" / "README.md"])
     (problem,) = check_manifest(tmp_path)
     assert "config.json" in problem
+    (tmp_path / "export" / "config.json").rename(tmp_path / "export" / "other.json")
+    renew([tmp_path / "export"])
+    assert check_manifest(tmp_path) == []
+    (tmp_path / "export" / "other.json").write_text("changed")
+    assert len(check_manifest(tmp_path)) == 1
