@@ -31,7 +31,7 @@ _KEPT = ("license", "license_name", "license_link", "base_model", "language")
 QUICK_START = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model_id = "{name}"
-tokenizer = AutoTokenizer.from_pretrained(model_id)
+tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(model_id, trust_remote_code=True)
 
 inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
