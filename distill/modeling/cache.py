@@ -35,9 +35,6 @@ class MixerCacheLayer(LinearAttentionLayer, CacheLayerMixin):  # pyright: ignore
     are fp32 tensors, batch first; they are replaced, not copied into, at every step.
     """
 
-    # True although we replace states: transformers skips the mask of a static cache's unused slots otherwise. That
-    # generate does not compile by itself is said on the model (`_can_compile_fullgraph`).
-    is_compileable = True
     is_sliding = False
 
     def __init__(self) -> None:
@@ -46,6 +43,14 @@ class MixerCacheLayer(LinearAttentionLayer, CacheLayerMixin):  # pyright: ignore
         self.states: tuple[torch.Tensor, ...] | None = None
         self.tokens = 0
         self.beside: CacheLayerMixin | None = None
+
+    @property
+    def is_compileable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """True although states are replaced: transformers skips the mask of a static cache's unused slots otherwise.
+
+        That generate does not compile by itself is said on the model (`_can_compile_fullgraph`).
+        """
+        return True
 
     def read(self) -> tuple[torch.Tensor, ...] | None:
         """The states after the tokens seen so far, None before the first."""
