@@ -85,11 +85,12 @@ def tensors(value: Any, _seen: set[int] | None = None) -> Iterator[torch.Tensor]
 
 
 class Sequence:
-    """One sequence (batch 1) that grows through a model's own cache. Its token ids are arbitrary but fixed.
+    """One sequence that grows through a model's own cache. Its token ids are arbitrary but fixed.
 
     Attributes:
         cache: what the model returned as its cache; None before the first token.
         length: tokens in it.
+        rows: equal sequences in it: 1 until `repeat`.
     """
 
     def __init__(self, model: Any, *, prefill: int | None = None, chunk: int = 512) -> None:
@@ -98,7 +99,8 @@ class Sequence:
         self.prefill = prefill
         self.chunk = chunk
         self.cache: Any = None
-        self.length = 0
+        self.length, self.rows = 0, 1
+        self._logits: Any = None
         self._device = next(model.parameters()).device
         self._vocab = model.get_input_embeddings().weight.shape[0]
         accepted = inspect.signature(model.forward).parameters
@@ -124,13 +126,22 @@ class Sequence:
         for _ in range(tokens):
             self._forward(1)
 
+    def next_token(self) -> int:
+        """The likeliest next token of the first row, on the host: waits for the device."""
+        return int(self._logits[0, -1].argmax())
+
+    def repeat(self, rows: int) -> None:
+        """Make one row into many, which decode side by side from here on."""
+        self.cache.batch_repeat_interleave(rows)
+        self.rows *= rows
+
     def _forward(self, tokens: int) -> None:
-        positions = torch.arange(self.length, self.length + tokens, device=self._device)[None]
+        positions = torch.arange(self.length, self.length + tokens, device=self._device).expand(self.rows, -1)
         ids = (positions * 7919 + 1) % self._vocab  # any ids do; a prime stride visits the whole vocabulary
         extra: dict[str, Any] = {"position_ids": positions} if self._positions else {}
         extra |= {self._keyword: self.cache}
         out = self.model(input_ids=ids, use_cache=True, **extra, **self._few_logits)
-        self.cache = out.get(self._keyword)
+        self.cache, self._logits = out.get(self._keyword), out.get("logits")
         if self.cache is None:
             raise ValueError(f"{type(self.model).__name__} returned no {self._keyword} although use_cache=True")
         self.length += tokens

@@ -82,7 +82,7 @@ def mt_bench_suite(
     models = {"student": model} if teacher is None else {"student": model, "teacher": teacher}
     settings = {"seed": seed, "max_new_tokens": max_new_tokens, "template": template}
     meter = Meter(progress, sum(len(one["turns"]) for one in asked) * len(models) * (1 if there is None else 2))
-    place = None if folder is None else Path(folder) / "mt_bench"
+    place = None if folder is None else Path(folder)
     made: dict[str, dict[str, Any]] = {}
     try:
         for name, one in models.items():

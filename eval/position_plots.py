@@ -82,4 +82,4 @@ def _ground(axes: Any, rows: list[dict[str, Any]]) -> None:
     beyond = [row["from"] for row in rows if row["beyond_context"]]
     if beyond:
         axes.axvspan(max(beyond[0], ends[0] / 2), ends[-1] * 1.1, color="#eeeeee", linewidth=0, zorder=0)
-        axes.text(0.99, 0.02, "beyond the context", transform=axes.transAxes, ha="right", va="bottom", size=8)
+        axes.set_xlabel("position (tokens); grey: beyond the context")

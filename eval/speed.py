@@ -96,6 +96,11 @@ def throughput(model: Any, batch: int, seq: int, repeats: int = 5) -> float:
     return statistics.median(rates[1:])
 
 
+def spread(name: str, values: list[float]) -> dict[str, float]:
+    """{NAME: median, NAME_min, NAME_max}."""
+    return {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
+
+
 def _turns(contexts: dict[tuple[str, int], Sequence], repeats: int, tokens: int) -> dict[tuple[str, int], list[float]]:
     """ms per token of each context in each turn."""
     times: dict[tuple[str, int], list[float]] = {key: [] for key in contexts}

@@ -148,11 +148,15 @@ def _harness_settings(ask: Ask) -> dict[str, Any]:
 
 
 def _long(ask: Ask) -> dict[str, Any]:
+    from .position_plots import perplexity_by_position
     from .positions import long_suite
 
     student, tokenizer, teacher = ask.models.pair()
     given = ask.given("lengths", "max_tokens")
-    return long_suite(student, tokenizer, teacher, text=ask.need_text("long").files(), progress=ask.counted, **given)
+    text = ask.need_text("long").files()
+    made = long_suite(student, tokenizer, teacher, text=text, progress=ask.counted, **given)
+    perplexity_by_position(made, ask.store.folder / "long.png")
+    return made
 
 
 def _generation(ask: Ask) -> dict[str, Any]:

@@ -131,3 +131,46 @@ def _error(row: dict[str, Any]) -> str:
 
 def _reason(row: dict[str, Any]) -> str:
     return row.get("note") or "not compared: they compute different things"
+
+
+def model_text(result: dict[str, Any]) -> str:
+    """The result of `bench model`: a line per model and length, then student over teacher, then what to know."""
+    rows, ratios, notes = [], [], []
+    for row in result["lengths"]:
+        length = context_name(row["length"]) + ("*" if row["beyond_context"] else "")
+        for side in ("student", "teacher"):
+            if row[side] is not None:
+                rows.append((side, length, *_model_figures(row[side])))
+                notes += _cache_note(side, row)
+        if row["ratios"] is not None:
+            timed = (_spread(row["ratios"], name) for name in ("prefill_tokens_per_second", "decode_tokens_per_second"))
+            sized = (row["ratios"][name] for name in ("peak_bytes", "cache_bytes", "batch_at_memory"))
+            ratios.append((length, *timed, *("–" if value is None else f"{value:.3g}" for value in sized)))
+    batch = f"batch in {bytes_name(result['settings']['memory'])}"
+    header = ("model", "tokens", "prefill/s", "first token", "decode/s", "peak", "cache", batch)
+    parts = [table(rows, header)]
+    if ratios:
+        header = ("tokens", "prefill", "decode", "peak", "cache", "batch")
+        parts.append(f"Student over teacher, within a turn (all turns)\n{table(ratios, header)}")
+    if any(row["beyond_context"] for row in result["lengths"]):
+        notes.append("* beyond the context that the teacher was made for: its speed, not its sense")
+    return "\n\n".join([*parts, "\n".join([*dict.fromkeys(notes), result["memory_is"]])])
+
+
+def _model_figures(figures: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        f"{figures['prefill_tokens_per_second']:.0f}",
+        f"{figures['time_to_first_token']:.3f} s",
+        f"{figures['decode_tokens_per_second']:.1f}",
+        bytes_name(figures["peak_bytes"]),
+        bytes_name(figures["cache_bytes"]),
+        str(figures["batch_at_memory"]),
+    )
+
+
+def _cache_note(side: str, row: dict[str, Any]) -> list[str]:
+    """Where the plan said something else of the cache."""
+    found, planned = row[side]["cache_bytes"], row[side]["predicted_cache_bytes"]
+    if planned in (None, found):
+        return []
+    return [f"{side}, {context_name(row['length'])}: the plan says {bytes_name(planned)} of cache"]

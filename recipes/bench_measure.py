@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import gc
-import os
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from ..eval.memory import peak_bytes
+from ..eval.speed import spread
 from .bench_cases import Case, Tensors
 
 # Relative to the largest value: fp32 sums in another order stay below, another computation does not.
@@ -47,35 +47,6 @@ def theirs_inputs(case: Case) -> Tensors:
         return tuple(x.detach().requires_grad_() for x in case.prepare(*case.inputs))
 
 
-def peak_bytes(call: Callable[[], Any]) -> int:
-    """The most bytes that torch's allocator held at once during a call, beyond those held before it.
-
-    From torch's profiler, which sees every allocation of tensors, temporary ones inside operators too, and gives the
-    same number every time; a process's resident memory would show pages that were freed but kept.
-    """
-    held = peak = 0
-    for change in _allocations(call):
-        held += change
-        peak = max(peak, held)
-    return peak
-
-
-def allocated_bytes(call: Callable[[], Any]) -> int:
-    """All bytes that a call asked of torch's allocator, freed again or not."""
-    return sum(change for change in _allocations(call) if change > 0)
-
-
-def _allocations(call: Callable[[], Any]) -> list[int]:
-    gc.collect()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports to stderr that it begins and that it ends
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        result = call()
-    del result
-    recorded: Any = profiled.profiler
-    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
-    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-
-
 def turns(
     calls: list[Callable[[], Any]], repeats: int, seconds: float, before: Callable[[], None] | None = None
 ) -> list[list[float]]:
@@ -101,11 +72,6 @@ def turns(
         if (time.perf_counter() - begin) * (turn + 2) / (turn + 1) > seconds:
             break
     return times
-
-
-def spread(name: str, values: list[float]) -> dict[str, float]:
-    """{NAME: median, NAME_min, NAME_max}."""
-    return {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
 
 
 def compare(case: Case, repeats: int, seconds: float) -> dict[str, Any]:

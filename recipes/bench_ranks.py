@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bench_measure import spread
+from ..eval.speed import spread
 
 if TYPE_CHECKING:
     from .bench_train import Settings

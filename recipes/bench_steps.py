@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import logsigmoid, softplus
 
+from ..eval.memory import allocated_bytes
 from . import bench_baselines as baselines
 from .bench_cases import MAMBA_STATE, Shape, Tensors, _Draw, inputs, same
-from .bench_measure import TOLERANCE, allocated_bytes, relative_error, turns
+from .bench_measure import TOLERANCE, relative_error, turns
 
 STEPS = 16  # steps per turn and side: short turns, and many, so that a slow spell touches both sides
 TURNS = 10  # turns here for each turn of a whole sequence

@@ -26,10 +26,12 @@ from ..distill.glue import glue_stage
 from ..distill.stage import Stage, StageSettings
 from ..distill.student import assemble, transfer
 from ..distill.teacher import Teacher
+from ..eval.memory import peak_bytes
+from ..eval.speed import spread
 from ..mixers import registry
 from . import costs
 from .bench import random_batch
-from .bench_measure import peak_bytes, spread, turns
+from .bench_measure import turns
 from .layers import LayerMap
 from .teacher_config import TeacherConfig
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from relinear.eval import memory
 from relinear.recipes import bench_baselines as baselines
 from relinear.recipes import bench_cases as cases
 from relinear.recipes import bench_measure as measuring
@@ -99,10 +100,10 @@ def test_another_step_is_flagged():
 
 def test_bytes_are_exact():
     x = torch.ones(1000)
-    assert measuring.allocated_bytes(lambda: x + x) == 4000
-    assert measuring.allocated_bytes(lambda: x.add_(x)) == 0
-    assert measuring.peak_bytes(lambda: [(x + x) * x for _ in range(3)]) == 16000  # three results, one temporary
-    assert measuring.peak_bytes(lambda: x * x * x * x) == 8000
+    assert memory.allocated_bytes(lambda: x + x) == 4000
+    assert memory.allocated_bytes(lambda: x.add_(x)) == 0
+    assert memory.peak_bytes(lambda: [(x + x) * x for _ in range(3)]) == 16000  # three results, one temporary
+    assert memory.peak_bytes(lambda: x * x * x * x) == 8000
 
 
 def test_turns_alternate_and_end_in_time(monkeypatch):
