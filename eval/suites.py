@@ -194,7 +194,7 @@ def _mt_bench(ask: Ask) -> dict[str, Any]:
     _questions(ask)
     student, tokenizer, teacher = ask.models.pair()
     given = ask.given("questions", "endpoint", "judge", "api_key_env", "max_new_tokens", "seed")
-    folder = ask.store.folder / "parts"
+    folder = ask.store.parts("mt_bench")
     return mt_bench_suite(student, tokenizer, teacher, progress=ask.counted, folder=folder, **given)
 
 
