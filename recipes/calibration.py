@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..distill import files
 from ..distill.calibrate import CalibrateSettings, calibration_batches, run_calibrate, teacher_errors
@@ -14,7 +14,9 @@ from ..distill.watchdog import beat
 from ..eval.plots import calibration_errors
 from .plan import calibrate_settings
 from .schema import AlignStage, CalibrateStage
-from .session import Session
+
+if TYPE_CHECKING:  # streaming, which session needs, reads this
+    from .session import Session
 
 
 def calibrate(

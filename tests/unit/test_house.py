@@ -236,6 +236,19 @@ def test_torch_free_modules_import_no_torch():
     assert len(names) > 10
 
 
+def test_every_module_of_recipes_can_be_the_first_that_is_imported():
+    """Commands begin with different ones; a circle shows only where it is entered at the wrong place."""
+    code = (
+        "import importlib, sys\n"
+        f"for name in {sorted(name for name in TORCH_BOUND if name.startswith('recipes.'))!r}:\n"
+        "    for held in [m for m in sys.modules if m.startswith('relinear.recipes')]:\n"
+        "        del sys.modules[held]\n"
+        "    importlib.import_module(f'relinear.{name}')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_no_work_at_import():
     """Module bodies define things; they do not call, open, loop until, or set the environment."""
     wrong = []
