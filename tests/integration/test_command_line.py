@@ -102,8 +102,9 @@ def test_max_hours_stops_and_resume_finishes(llama2, story_file, tmp_path, capsy
     assert json.loads(out)["status"] == "complete" and "table" not in json.loads(out)
 
 
-def test_eval_prints_every_figure_with_its_error(finished, llama2, story_file, capsys):
+def test_eval_prints_every_figure_with_its_error(finished, llama2, story_file, tmp_path, capsys):
     arguments = ["eval", str(finished / "export"), "--against", str(llama2), "--text", str(story_file)]
+    arguments += ["--out", str(tmp_path)]  # what the run stored stays the newest of its folder
     assert main([*arguments, "--max-tokens", "2000", "--json"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)

@@ -59,12 +59,20 @@ def weights(folder: Path, stage: str) -> dict[str, torch.Tensor]:
 
 
 def agree(found: dict[str, Any], wanted: dict[str, Any], rtol: float = 2e-4, atol: float = 2e-5) -> None:
-    """The same tensors, nearly."""
+    """The same tensors, nearly: all elements together, and none off by more than about a third of one of Adam's steps.
+
+    Not element by element: where a gradient is nearly zero, Adam divides its last bits by themselves, and which
+    elements these are depends on the processor's order of sums.
+    """
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        torch.testing.assert_close(
-            found[name], tensor, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        if rtol == 0.0 or not tensor.is_floating_point():
+            assert torch.equal(found[name], tensor), name
+            continue
+        off = (found[name] - tensor).abs()
+        root = tensor.numel() ** 0.5
+        assert off.norm() <= rtol / 2 * tensor.norm() + atol * root, f"{name}: {off.norm()} of {tensor.norm()}"
+        assert (off <= 1e-3 + rtol * tensor.abs()).all(), f"{name}: {off.max()} at one element"
 
 
 @pytest.fixture(scope="module")
