@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import logsigmoid, softplus
 
+from ..distill.modeling.cache import CACHE
 from ..eval.memory import allocated_bytes
 from . import bench_baselines as baselines
 from .bench_cases import MAMBA_STATE, Shape, Tensors, _Draw, inputs, same
@@ -128,7 +129,7 @@ def _minimax(shape: Shape) -> Step:
     decay = -module.slope_rate.flatten()
 
     def other(qkv: torch.Tensor, cache: baselines.LightningCache):
-        return module(qkv, None, None, past_key_values=cache)[0], cache
+        return module(qkv, None, None, **{CACHE: cache})[0], cache
 
     return Step(
         inputs("simple_gla", shape)[:3],

@@ -281,7 +281,8 @@ def test_a_run_pushes_by_itself_and_a_stranger_loads_it(
     assert done.returncode == 0 and f"pushed: {hub.address}/owner/auto" in done.stderr, done.stderr
     code = (
         "import torch; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T\n"
-        "m = M.from_pretrained('owner/auto', trust_remote_code=True); t = T.from_pretrained('owner/auto')\n"
+        "m = M.from_pretrained('owner/auto', trust_remote_code=True)\n"
+        "t = T.from_pretrained('owner/auto', trust_remote_code=True)\n"
         "i = t('Once', return_tensors='pt', return_token_type_ids=False)\n"
         "made = m.generate(**i, max_new_tokens=5, do_sample=False)\n"
         "print(type(m).__name__, made.shape[1] - i['input_ids'].shape[1])\n"

@@ -65,8 +65,9 @@ def test_result_says_what_happened(first: Path) -> None:
     report = json.loads((first / "transfer.json").read_text())
     assert report["0"]["copied"]["q_proj.weight"] == "q_proj.weight"
     card = (first / "export" / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers\n") and "| 0, 1, 2 | gated_deltanet |" in card
-    assert f"{result['fidelity']['kl']:.4f}" in card and "schema: 1" in card and "base_model" not in card
+    assert card.startswith("---\nlibrary_name: transformers\n") and "(`gated_deltanet`) |" in card and "| 0–2 |" in card
+    assert f"{result['fidelity']['kl']:.4f}" in card and "schema: 1" in card
+    assert "base_model" not in card.split("---\n")[1], "a teacher from a folder has no name on the Hub"
     for name in ("recipe.yaml", "metrics.jsonl", "loss.png", "calibrate.json", "calibrate.png", "result.txt"):
         assert (first / name).stat().st_size > 0
 

@@ -49,8 +49,8 @@ def test_text_has_a_fix_for_every_failure_and_code_3(tmp_path, monkeypatch, caps
     monkeypatch.setattr(checks, "version", lambda name: "0.1" if name == "transformers" else known(name))
     assert cli.main(["doctor"]) == 3
     out, err = capsys.readouterr()
-    assert "libraries  failure  transformers 0.1, needed <6,>=5" in out
-    assert "failure: libraries" in err and "  fix: pip install 'transformers<6,>=5" in err
+    assert "libraries  failure  transformers 0.1, needed <5.25,>=5.23" in out
+    assert "failure: libraries" in err and "  fix: pip install 'transformers<5.25,>=5.23" in err
 
 
 def test_a_wrong_recipe_is_the_users(capsys):
