@@ -35,7 +35,7 @@ def test_commands_of_the_documents_work(page, count, make_teacher, story_file, t
     train, valid, teacher = tmp_path / "train.txt", tmp_path / "valid.txt", make_teacher("llama")
     train.write_text("<|endoftext|>".join(stories[:350]))
     valid.write_text("<|endoftext|>".join(stories[350:]))
-    places = {"FOLDER_OR_ID": teacher, "HELD_OUT_FILE": valid, "=FILE": f"={train}"}
+    places = {"FOLDER_OR_ID": teacher, "HELD_OUT_FILE": valid, "=FILE": f"={train}", "--license ID": "--license mit"}
     places |= {"$TEACHER": teacher, "$TRAIN": train, "$VALID": valid}
     lines = commands(ROOT / page)
     assert len(lines) >= count
