@@ -7,11 +7,13 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..mixers import registry
 from ..mixers.base import Mixer
 from ..mixers.transfer import TransferReport
 from ..mixers.transfer import transfer as transfer_weights
+from .engine import Engine
 from .family import check_geometry, lost
 from .modeling.classes import student_classes
 from .modeling.config import is_first
@@ -46,18 +48,46 @@ def transfer(teacher: Teacher, plan: Plan, seed: int = 0) -> tuple[dict[int, Mix
 
 def transfer_layer(teacher: Teacher, plan: Plan, layer: int, seed: int = 0) -> tuple[Mixer, TransferReport]:
     """`transfer` for one layer of `plan`, left on the CPU."""
-    name, values = plan[layer]
-    cls, shape = registry.module(name), teacher.geometry(layer)
-    options = cls.spec.options.parse(values)
-    check_geometry(cls.spec, shape, options, layer)
-    mixer = cls(shape, options, layer, teacher.num_layers, is_first(plan, layer))
+    mixer = _build(teacher, plan, layer)
     attention = {key: value.float() for key, value in teacher.attention_tensors(layer).items()}
     generator = torch.Generator().manual_seed(seed * 10_007 + layer)
     report = transfer_weights(mixer, attention, generator)
     report.copied = {key: teacher.family.origin(source) for key, source in report.copied.items()}
     report.derived = {key: teacher.family.derived(source) for key, source in report.derived.items()}
-    report.notes += lost(cls.spec, shape, options)
+    report.notes += lost(mixer.spec, mixer.geometry, mixer.options)
     return mixer, report
+
+
+def transfer_between(
+    engine: Engine, teacher: Teacher, plan: Plan, seed: int
+) -> tuple[dict[int, Mixer], dict[int, TransferReport]]:
+    """`transfer` for the ranks of an engine, which may hold one copy together: reports on ranks that made one."""
+    reports: dict[int, TransferReport] = {}
+
+    def make() -> nn.ModuleDict:
+        mixers, found = transfer(teacher, plan, seed)
+        reports.update(found)
+        return _named(mixers)
+
+    held: Any = engine.between(make, lambda: _named(untransferred(teacher, plan)))
+    return {int(layer): mixer for layer, mixer in held.items()}, reports
+
+
+def _named(mixers: dict[int, Mixer]) -> nn.ModuleDict:
+    return nn.ModuleDict({str(layer): mixer for layer, mixer in mixers.items()})
+
+
+def untransferred(teacher: Teacher, plan: Plan) -> dict[int, Mixer]:
+    """The mixers of `transfer` but for their values, on torch's default device."""
+    return {layer: _build(teacher, plan, layer) for layer in sorted(plan)}
+
+
+def _build(teacher: Teacher, plan: Plan, layer: int) -> Mixer:
+    name, values = plan[layer]
+    cls, shape = registry.module(name), teacher.geometry(layer)
+    options = cls.spec.options.parse(values)
+    check_geometry(cls.spec, shape, options, layer)
+    return cls(shape, options, layer, teacher.num_layers, is_first(plan, layer))
 
 
 def student_config(teacher: Teacher, plan: Plan, kept: dict[str, Any] | None = None) -> Any:
@@ -122,11 +152,7 @@ def assemble(teacher: Teacher, mixers: dict[int, Mixer], kept: dict[str, Any] | 
     Returns:
         The student's causal language model, in eval mode, all parameters requiring gradients.
     """
-    plan = {layer: (mixer.spec.name, mixer.options.to_dict()) for layer, mixer in mixers.items()}
-    config = student_config(teacher, plan, kept)
-    cls = student_classes(teacher.family.name).causal_lm
-    student = cls._from_config(config, attn_implementation=teacher.config._attn_implementation)
-    student.to(next(teacher.model.parameters()).device)
+    student = unfilled(teacher, mixers, kept).to(next(teacher.model.parameters()).device)
     paths = {layer: teacher.attention_path(layer) + "." for layer in mixers}
     state = {
         name: value for name, value in teacher.model.state_dict().items() if not name.startswith(tuple(paths.values()))
@@ -134,6 +160,15 @@ def assemble(teacher: Teacher, mixers: dict[int, Mixer], kept: dict[str, Any] | 
     for layer, mixer in mixers.items():
         state.update({paths[layer] + name: value for name, value in mixer.state_dict().items()})
     student.load_state_dict(state, strict=True)
+    return student
+
+
+def unfilled(teacher: Teacher, mixers: dict[int, Mixer], kept: dict[str, Any] | None = None) -> Any:
+    """`assemble` but for the values of the tensors, on torch's default device."""
+    plan = {layer: (mixer.spec.name, mixer.options.to_dict()) for layer, mixer in mixers.items()}
+    config = student_config(teacher, plan, kept)
+    cls = student_classes(teacher.family.name).causal_lm
+    student = cls._from_config(config, attn_implementation=teacher.config._attn_implementation)
     if teacher.model.generation_config is not None:
         student.generation_config = teacher.model.generation_config
     return student.eval().requires_grad_(True)

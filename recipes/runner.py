@@ -24,7 +24,7 @@ from ..distill.lora import load_student
 from ..distill.manifest import check_manifest, write_manifest
 from ..distill.matrix import matrix_stage
 from ..distill.stage import Callbacks, StageResult, StageSettings
-from ..distill.student import assemble, transfer
+from ..distill.student import assemble, transfer_between, unfilled
 from ..distill.watchdog import Watchdog, beat
 from ..eval.fidelity import measure
 from ..eval.heatmaps import heatmaps
@@ -185,7 +185,8 @@ def _train(
         evaluate = layer_evaluation(session, teacher, placed, settings, losses)
     else:
         if session.student is None:
-            session.student = assemble(session.teacher, session.mixers, session.layers.attention).to(engine.home)
+            parts = session.teacher, session.mixers, session.layers.attention
+            session.student = engine.between(lambda: assemble(*parts).to(engine.home), lambda: unfilled(*parts))
         placed[0] = engine.place_student(session.student)
         made = glue_stage(teacher, placed[0], settings, stage.name, cache)
         evaluate = glue_evaluation(session, teacher, placed[0], settings)
@@ -258,11 +259,11 @@ def _transfer(session: Session, start: Path | None) -> None:
     if start is not None and session.teacher.bare:
         without_teacher.take_student(session, start)
         return
-    session.mixers, reports = transfer(session.teacher, session.layers.converted, session.recipe.seed)
+    plan, world = session.layers.converted, session.engine.world
+    session.mixers, reports = transfer_between(session.engine, session.teacher, plan, session.recipe.seed)
     report: dict[str, Any] = {str(layer): entry.to_dict() for layer, entry in reports.items()}
     if start is not None:
-        report = _take_mixers(session, start, report)
-    world = session.engine.world
+        report = world.first(lambda: _take_mixers(session, start, report))
     for mixer in session.mixers.values():
         world.share(mixer)
     world.first(lambda: files.write_json(session.folder / "transfer.json", report))

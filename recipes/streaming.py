@@ -23,7 +23,7 @@ from ..distill.errors import MachineError, RunFailed, UserError
 from ..distill.stage import Callbacks, StageResult, StageSettings
 from ..distill.stream.teacher import StreamedTeacher, open_teacher
 from ..distill.stream.work import Work, clear, complete, prepare, take_blocks
-from ..distill.student import transfer
+from ..distill.student import transfer_between
 from ..distill.teacher import Teacher, load_teacher
 from ..distill.watchdog import beat
 from . import loader, stream_calibration
@@ -62,8 +62,11 @@ def load_whole(session: Any) -> None:
     session.teacher = load_teacher(
         locate(recipe.teacher.model), recipe.teacher.revision, recipe.teacher.dtype, session.engine.home
     )
-    session.mixers, _ = transfer(session.teacher, session.layers.converted, recipe.seed)
-    checkpoint.load_module(align_module(session.mixers), commit.weights(), commit.path)
+    plan, world = session.layers.converted, session.engine.world
+    session.mixers, _ = transfer_between(session.engine, session.teacher, plan, recipe.seed)
+    world.first(lambda: checkpoint.load_module(align_module(session.mixers), commit.weights(), commit.path))
+    for mixer in session.mixers.values():
+        world.share(mixer)
 
 
 def carry_out(

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .node import one_per_node
 from .world import World
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ class Engine:
     `norms`; `clip`; `step`. Losses are sums over real tokens divided by those of the whole batch of all ranks, so
     gradients of ranks are added, never averaged.
 
-    Between stages every rank holds the teacher, the mixers and the student whole; `place_…` gives the objects that a
-    stage trains, and `collect` brings the result back.
+    Between stages the teacher, the mixers and the student are whole; `place_…` gives the objects that a stage trains,
+    and `collect` brings the result back.
 
     Attributes:
         name: as a recipe says it.
@@ -57,6 +58,7 @@ class Engine:
         self.world = world or World()
         self.optimizer: Any = None
         self.wrapper: Any = None  # DDP or DeepSpeed's engine around a stage's `whole`
+        self.kept_by_others: list[nn.Module] = []  # what `between` gave and another rank writes
 
     @property
     def scale(self) -> float:
@@ -83,8 +85,37 @@ class Engine:
         """The student as glue trains it."""
         return student
 
+    def between(self, make: Callable[[], M], shell: Callable[[], M]) -> M:
+        """A module that trains, as it stands between stages: where stages have it in shards, one copy per node.
+
+        Args:
+            make: gives it, on `home`.
+            shell: gives the same without values, on torch's default device.
+        """
+        if not self.sharded:
+            return make()
+
+        def empty() -> M:
+            with torch.device("meta"):
+                return shell()
+
+        module, writes = one_per_node(self.world, make, empty)
+        if not writes:
+            self.kept_by_others.append(module)
+        return module
+
     def collect(self, placed: nn.Module, original: nn.Module) -> None:
-        """Bring what was trained back into the module that it was placed from."""
+        """Bring what was trained back into the module that it was placed from, or a part of one from `between`."""
+        if placed is original:
+            return
+        own = original.state_dict(keep_vars=True)
+        writes = not any(part is original for module in self.kept_by_others for part in module.modules())
+        for name, tensor in placed.state_dict(keep_vars=True).items():
+            whole = self.full(tensor)
+            if writes:
+                own[name].data.copy_(whole)
+        if self.world.size > 1:
+            dist.barrier()
 
     def begin(self, stage: Stage, make: MakeOptimizer, clip: float | None) -> torch.optim.Optimizer:
         """Wrap what the stage trains, and make its optimizer."""

@@ -77,12 +77,6 @@ class Fsdp2(Engine):
         """A twin, sharded when the stage begins: `begin` makes the root."""
         return twin(student)
 
-    def collect(self, placed: nn.Module, original: nn.Module) -> None:
-        """Gather every tensor back."""
-        own = original.state_dict(keep_vars=True)
-        for name, tensor in placed.state_dict().items():
-            own[name].data.copy_(self.full(tensor))
-
     def begin(self, stage: Stage, make: MakeOptimizer, clip: float | None) -> torch.optim.Optimizer:
         """Shard the student and what the stage holds of it; align's mixers are sharded already."""
         self.root = stage.whole

@@ -126,7 +126,10 @@ class World:
         if self.size == 1:
             return
         for tensor in module.state_dict(keep_vars=True).values():
-            dist.broadcast(tensor.detach(), src=0)
+            held = tensor.detach().to(self.device)  # NCCL sends what is on a GPU alone
+            dist.broadcast(held, src=0)
+            if held.device != tensor.device:
+                tensor.detach().copy_(held)
 
 
 def open_world(device: str) -> World:

@@ -44,6 +44,17 @@ if TYPE_CHECKING:
 _KINDS = ("exp_avg", "exp_avg_sq")
 
 
+class _Cut(deepspeed.zero.Init):
+    """DeepSpeed's own cutting into shards, without sending rank 0's values round first.
+
+    All ranks have them, and to receive them is to write: into a copy of the teacher's files, where they are mapped.
+    """
+
+    def _zero_init_param(self, param: nn.Parameter) -> None:
+        self._convert_to_deepspeed_param(param)
+        param.partition()  # pyright: ignore[reportAttributeAccessIssue]
+
+
 class Zero(Engine):
     """See above."""
 
@@ -79,14 +90,16 @@ class Zero(Engine):
         if self.stage < 3:
             return teacher
         if self._teacher is None or self._teacher[0] is not teacher:
-            placed = replace(teacher, model=twin(teacher.model).to(self.world.device), whole=True)
+            placed = replace(teacher, model=twin(teacher.model), whole=True)
             head = placed.model.get_output_embeddings()
             if head is not None and head.weight is placed.model.get_input_embeddings().weight:
                 # Glue multiplies by the head, which DeepSpeed's hooks on the backbone know nothing of.
                 head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
             config = self._config(None)
             config["zero_optimization"].pop("offload_optimizer", None)
+            self._cut(placed.backbone, config)
             deepspeed.initialize(model=placed.backbone, config=config)
+            placed.model.to(self.world.device)  # the head, where the backbone does not hold it
             self._teacher = teacher, placed
         return self._teacher[1]
 
@@ -98,15 +111,7 @@ class Zero(Engine):
 
     def place_student(self, student: Any) -> Any:
         """A twin where `begin` will shard it."""
-        return twin(student).to(self.world.device) if self.sharded else student
-
-    def collect(self, placed: nn.Module, original: nn.Module) -> None:
-        """Gather every tensor back."""
-        if placed is original:
-            return
-        own = original.state_dict(keep_vars=True)
-        for name, tensor in placed.state_dict(keep_vars=True).items():
-            own[name].data.copy_(self.full(tensor))
+        return twin(student) if self.sharded else student
 
     def begin(self, stage: Stage, make: MakeOptimizer, clip: float | None) -> torch.optim.Optimizer:
         """DeepSpeed's engine for an end-to-end stage, owners of layers for the others."""
@@ -117,8 +122,11 @@ class Zero(Engine):
         if stage.whole is None:
             self.owners = {group.name: number % self.world.size for number, group in enumerate(stage.groups)}
             return self.optimizer
+        config = self._config(clip)
+        if self.sharded:
+            self._cut(stage.whole, config)
         self.wrapper, self.optimizer, _, _ = deepspeed.initialize(
-            model=stage.whole, optimizer=self.optimizer, config=self._config(clip)
+            model=stage.whole, optimizer=self.optimizer, config=config
         )
         if self.sharded:
             student: Any = stage.module
@@ -269,6 +277,12 @@ class Zero(Engine):
         for name, parameter in parameters.items():
             for kind in _KINDS:
                 safe_set_full_optimizer_state(parameter, tensors[f"{name}/{kind}"].to(parameter.device), kind)
+
+    def _cut(self, module: nn.Module, config: dict[str, Any]) -> None:
+        """Into shards, parameter by parameter: left to itself, DeepSpeed moves the whole module to the device first."""
+        _Cut(module=module, config_dict_or_path=config)
+        for buffer in module.buffers():
+            buffer.data = buffer.data.to(self.world.device)
 
     def _by_group(self) -> Iterator[tuple[str, list[nn.Parameter]]]:
         for group, names in self._names().items():

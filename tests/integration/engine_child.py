@@ -17,7 +17,7 @@ from relinear.distill.engine import close_world, open_engine
 from relinear.distill.glue import glue_stage
 from relinear.distill.loop import run_stage
 from relinear.distill.stage import Callbacks, StageSettings
-from relinear.distill.student import assemble, transfer
+from relinear.distill.student import assemble, transfer_between, unfilled
 from relinear.distill.teacher import load_teacher
 
 ROWS, LENGTH = 4, 24
@@ -68,7 +68,7 @@ def main() -> None:
     world = engine.world
     teacher = load_teacher(given.teacher)
     plan: Any = {layer: (given.mixer, {}) for layer in range(teacher.num_layers)}
-    mixers = transfer(teacher, plan, seed=1)[0]
+    mixers = transfer_between(engine, teacher, plan, seed=1)[0]
     common = {"tokens": 8 * ROWS * LENGTH, "batch": ROWS, "seq_len": LENGTH, "lr": 3e-3, "warmup": 0, "log_every": 1}
     common |= {"save_every": 2 * ROWS * LENGTH, "weight_decay": 0.01} | json.loads(given.settings)
 
@@ -100,7 +100,7 @@ def main() -> None:
     if "glue" in given.stages:
         values = common | {"loss": {"kl": 1.0, "ce": 0.2}} | json.loads(given.glue)
         settings = StageSettings(**values)
-        student = assemble(teacher, mixers)
+        student: Any = engine.between(lambda: assemble(teacher, mixers), lambda: unfilled(teacher, mixers))
         held = engine.place_student(student)
         made = glue_stage(around, held, settings)
         result = run_stage(
