@@ -89,11 +89,15 @@ def measure(
     sources: list[ChosenLogits] = []
     done = 0
 
-    def of_batch(item: tuple[Batch, torch.Tensor]) -> dict[int, torch.Tensor]:
-        nonlocal done
-        batch, documents = item[0].to(place), item[1].to(place)
+    def look(item: tuple[Batch, torch.Tensor]) -> tuple[Batch, torch.Tensor]:
+        batch = item[0].to(place)
         if not sources:
             sources.extend(ChosenLogits(model, batch) for model in models[: 1 if teacher is student else 2])
+        return batch, item[1].to(place)
+
+    def of_batch(item: tuple[Batch, torch.Tensor]) -> dict[int, torch.Tensor]:
+        nonlocal done
+        batch, documents = look(item)
         made: dict[int, torch.Tensor] = {}
         for part, numbers in parts(batch, documents, sources):
             done += _accumulate(sources, teacher is not None, part, numbers, made, limit)
@@ -104,8 +108,15 @@ def measure(
     try:
         for model in models:
             model.eval()
-        numbered = _with_documents(batches)
-        found = map(of_batch, numbered) if spread is None else spread(list(numbered), of_batch)
+        if spread is None:
+            found: Iterable[dict[int, torch.Tensor]] = map(of_batch, _with_documents(batches))
+        else:
+            numbered = list(_with_documents(batches))
+            # Every process decides on the same batch how models are called, and is then as often in a forward pass.
+            for item in numbered[:1]:
+                look(item)
+            even = all(source.packs and source.by_head for source in sources)
+            found = spread(numbered, of_batch) if even else map(of_batch, numbered)
         sums: dict[int, torch.Tensor] = {}
         for made in found:
             for number, row in made.items():

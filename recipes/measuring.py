@@ -127,13 +127,11 @@ def _assembled_fidelity(session: Session, seq_len: int | None = None) -> dict[st
 def _spread(session: Session, items: list[T], work: Callable[[T], R]) -> list[R]:
     """What the work gives for every item, in their order: each rank does its share of it.
 
-    Where weights lie in shards every forward pass needs all ranks, so each does all of it.
+    Where weights lie in shards every forward pass needs all ranks, so they go through it side by side.
     """
 
     def alive(item: T) -> R:
         beat("the evaluation")
         return work(item)
 
-    if session.engine.sharded:
-        return [alive(item) for item in items]
-    return session.engine.world.spread(items, alive)
+    return session.engine.world.spread(items, alive, session.engine.sharded)

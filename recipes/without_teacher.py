@@ -7,7 +7,8 @@ from typing import Any
 
 from ..distill import files, run_folder
 from ..distill.errors import UserError
-from ..distill.teacher import Teacher, load_bare, load_model
+from ..distill.modeling.classes import student_classes
+from ..distill.teacher import Teacher, load_bare, load_model, read_config
 from .schema import CalibrateStage, GlueStage, Recipe, TrainingStage
 from .teacher_config import locate
 
@@ -64,14 +65,23 @@ def take_student(session: Any, start: Path) -> None:
             f"{start}: converts layers {', '.join(different)} otherwise than this recipe. Without the teacher's "
             "weights nothing is transferred: write the layers and mixers of that run"
         )
-    student, _ = load_model(export, device=session.engine.home)
+
+    def make() -> Any:
+        return load_model(export, device=session.engine.home)[0].requires_grad_(True)
+
+    def shell() -> Any:
+        classes = student_classes(read_config(export)["base_model_type"])
+        config = classes.config.from_pretrained(export)
+        return classes.causal_lm._from_config(config).eval().requires_grad_(True)
+
+    student = session.engine.between(make, shell)
     kept = session.layers.attention
     if kept is not None and getattr(student.config, "kept_attention", None) != kept:
         raise UserError(
             f"{export}: keeps attention otherwise than layers.attention says. Write what that run has, or start with "
             "the teacher's weights (eval.against=teacher)"
         )
-    session.student = student.requires_grad_(True)
+    session.student = student
     report = {layer: {"from": str(export), "transferred": []} for layer in ours}
     session.engine.world.first(lambda: files.write_json(session.folder / "transfer.json", report))
     session.progress.note(f"start: the student is loaded from {export}; the teacher's weights are not needed")

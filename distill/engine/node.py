@@ -56,27 +56,38 @@ def one_per_node(world: World, make: Callable[[], M], shell: Callable[[], M]) ->
 
     Returns:
         The module, and whether this rank is the one that writes into it.
+
+    Raises:
+        As `World.outcomes`, on every rank, where `make` failed on one.
     """
-    homes: list[Any] = [None] * world.size
-    dist.all_gather_object(homes, _home())
+    homes = world.outcomes(_home)
     keeper = homes.index(homes[world.rank])
-    module, file, table = None, None, None
-    if keeper == world.rank:
-        module = make()
-        if homes.count(homes[world.rank]) > 1:
-            file, table = _move(module)
-    tables: list[Any] = [None] * world.size
-    dist.all_gather_object(tables, table)
-    writes = module is not None
-    if module is None:
+    shared = homes.count(homes[world.rank]) > 1
+    made: list[M] = []
+    files: list[int] = []
+
+    def keep() -> _Table | None:
+        if keeper != world.rank:
+            return None
+        made.append(make())
+        if not shared:
+            return None
+        file, table = _move(made[0])
+        files.append(file)
+        return table
+
+    table = world.outcomes(keep)[keeper]
+    writes = bool(made)
+    if table is not None and not made:
         try:
-            module = _map(shell(), tables[keeper])
+            made.append(_map(shell(), table))
         except OSError:
-            module, writes = make(), True
+            made.append(make())
+            writes = True
     dist.barrier()
-    if file is not None:
+    for file in files:
         os.close(file)
-    return module, writes
+    return made[0], writes
 
 
 def _home() -> str:

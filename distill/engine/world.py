@@ -96,13 +96,22 @@ class World:
                 raise _ERRORS.get(kind, RunFailed)(f"rank {rank}: {value}")
         return [value for _, value in found]
 
-    def spread(self, items: list[S], work: Callable[[S], T]) -> list[T]:
+    def spread(self, items: list[S], work: Callable[[S], T], together: bool = False) -> list[T]:
         """What the work gives for every item, in their order, on every rank; each rank does every size-th.
+
+        Args:
+            items: to be divided.
+            work: for one of them.
+            together: every rank works as often as the others, the last item again where it has none left: for a
+                forward pass that needs all ranks.
 
         Raises:
             As `outcomes`.
         """
-        parts = self.outcomes(lambda: [work(item) for item in items[self.rank :: self.size]])
+        mine = items[self.rank :: self.size]
+        if together:
+            mine += items[-1:] * (-(-len(items) // self.size) - len(mine))
+        parts = self.outcomes(lambda: [work(item) for item in mine])
         return [parts[number % self.size][number // self.size] for number in range(len(items))]
 
     def any(self, flag: bool) -> bool:

@@ -13,12 +13,13 @@ import torch
 
 from relinear.distill.align import align_stage
 from relinear.distill.data.batch import Batch
-from relinear.distill.engine import close_world, open_engine
+from relinear.distill.engine import Engine, close_world, open_engine
 from relinear.distill.glue import glue_stage
 from relinear.distill.loop import run_stage
 from relinear.distill.stage import Callbacks, StageSettings
 from relinear.distill.student import assemble, transfer_between, unfilled
 from relinear.distill.teacher import load_teacher
+from relinear.eval.fidelity import measure
 
 ROWS, LENGTH = 4, 24
 
@@ -48,6 +49,19 @@ class Numbered:
         self.number = state["number"]
 
 
+def measured(engine: Engine, student: Any, teacher: Any) -> dict[str, Any]:
+    """Fidelity on three batches, an odd number: as ranks divide them, and as each rank finds it by itself."""
+    source = Numbered()
+    batches = [source.next_batch() for _ in range(3)]
+    done: list[int] = []
+
+    def spread(items: Any, work: Any) -> Any:
+        return engine.world.spread(items, lambda item: done.append(1) or work(item), engine.sharded)
+
+    divided = measure(student, teacher, batches, spread=spread)
+    return {"score": divided["kl"], "divided": divided, "each": measure(student, teacher, batches), "own": len(done)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("engine")
@@ -60,6 +74,7 @@ def main() -> None:
     parser.add_argument("--settings", default="{}", help="of both stages, JSON")
     parser.add_argument("--glue", default="{}", help="of glue, JSON")
     parser.add_argument("--stages", default="align,glue")
+    parser.add_argument("--measure", action="store_true", help="held-out text, divided among the ranks and not")
     given = parser.parse_args()
     torch.use_deterministic_algorithms(True)
     engine = open_engine(given.engine, offload=given.offload)
@@ -103,6 +118,9 @@ def main() -> None:
         student: Any = engine.between(lambda: assemble(teacher, mixers), lambda: unfilled(teacher, mixers))
         held = engine.place_student(student)
         made = glue_stage(around, held, settings)
+        callbacks = killer("glue")
+        if given.measure:
+            callbacks.evaluate = lambda: measured(engine, held, around.model)
         result = run_stage(
             made,
             Numbered(),
@@ -110,7 +128,7 @@ def main() -> None:
             folder=given.folder,
             resume=given.resume,
             after=done,
-            callbacks=killer("glue"),
+            callbacks=callbacks,
             engine=engine,
         )
         engine.collect(held, student)

@@ -49,6 +49,8 @@ def curves(folder: Path) -> dict[str, list[float]]:
     """Losses by stage."""
     made: dict[str, list[float]] = {}
     for line in files.read_metrics(folder / "metrics.jsonl"):
+        if "eval" in line:
+            continue
         made.setdefault(line["stage"], []).append(line["loss"])
     return made
 
@@ -85,12 +87,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_ranks_do_what_one_process_does(engine: str, alone: Path, llama: Path, tmp_path: Path) -> None:
-    assert start(engine, llama, tmp_path) == 0
+    assert start(engine, llama, tmp_path, "--measure") == 0
     for stage, losses in curves(alone).items():
         assert curves(tmp_path)[stage] == pytest.approx(losses, rel=CURVE), stage
         agree(weights(tmp_path, stage), weights(alone, stage))
     assert json.loads((tmp_path / "changed.json").read_text()) == json.loads((alone / "changed.json").read_text())
     agree(torch.load(tmp_path / "student.pt", weights_only=True), torch.load(alone / "student.pt", weights_only=True))
+    found = [line["eval"] for line in files.read_metrics(tmp_path / "metrics.jsonl") if "eval" in line]
+    assert found and all(values["divided"] == values["each"] and values["own"] == 2 for values in found)
 
 
 @pytest.mark.slow

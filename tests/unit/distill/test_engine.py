@@ -57,3 +57,17 @@ def test_work_is_spread_over_ranks_and_comes_back_in_order(monkeypatch: pytest.M
         else:
             assert world.spread(items, lambda item: item * item) == [item * item for item in items]
     assert done == {0: [0, 9, 36], 1: [1, 16], 2: [4, 25]}
+
+
+def test_work_that_needs_all_ranks_is_done_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: dict[int, Any] = {}
+    for rank in range(3):
+
+        def alone(self: World, work: Any) -> list[Any]:
+            done[self.rank] = work()
+            return [done.get(other, [0] * 3) for other in range(3)]
+
+        monkeypatch.setattr(World, "outcomes", alone)
+        found = World(rank, 3).spread(list(range(7)), lambda item: item * item, together=True)
+    assert found == [item * item for item in range(7)]
+    assert done == {0: [0, 9, 36], 1: [1, 16, 36], 2: [4, 25, 36]}
