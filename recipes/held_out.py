@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from ..distill import files, run_folder
@@ -88,7 +87,7 @@ def _run_tokens(recipe: Recipe, run: Path, tokenizer: Any) -> Any:
     if recipe.data.source == EMBEDDED:
         toy_text(run)
     try:
-        corpus = open_data(recipe, SimpleNamespace(tokenizer=tokenizer), run)  # type: ignore[arg-type]
+        corpus = open_data(recipe, tokenizer, run)
     except UserError as error:
         raise UserError(
             f"{run}: its held-out text cannot be had again ({error}). Name other text: --text FILE"

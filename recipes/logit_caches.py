@@ -125,7 +125,7 @@ def prepare(recipe: Recipe, progress: Progress, stopped: Callable[[], bool] = la
     with tempfile.TemporaryDirectory(prefix="relinear-") as aside:
         if recipe.data.source == EMBEDDED:
             embedded_text(Path(aside))
-        corpus = open_data(recipe, teacher, Path(aside))
+        corpus = open_data(recipe, teacher.tokenizer, Path(aside))
         work = []
         for stage in stages:
             settings = StageSettings(**stage_settings(recipe, stage, teacher.context))

@@ -185,7 +185,7 @@ def open_session(
             progress.note(f"data.seq_len {said}")
         if recipe.data.source == EMBEDDED:
             world.first(lambda: bool(embedded_text(folder)))
-        corpus = open_data(recipe, teacher, folder)
+        corpus = open_data(recipe, teacher.tokenizer, folder)
         hours = recipe.max_hours if max_hours is None else max_hours
         deadline = None if hours is None else time.monotonic() + 3600 * hours
         track = open_trackers(recipe, folder, progress.note) if world.main else Trackers([], progress.note)
@@ -227,7 +227,7 @@ def embedded_text(folder: Path) -> Path:
     return write_text(folder / "text" / "embedded.txt")
 
 
-def open_data(recipe: Recipe, teacher: Teacher, folder: Path) -> Corpus:
+def open_data(recipe: Recipe, tokenizer: Any, folder: Path) -> Corpus:
     """The corpus that the recipe names."""
     data = recipe.data
     source = data.source
@@ -235,7 +235,7 @@ def open_data(recipe: Recipe, teacher: Teacher, folder: Path) -> Corpus:
         source = str(folder / "text" / "embedded.txt")
     share = data.valid if isinstance(data.valid, float) else 0.0
     corpus = open_corpus(
-        tokenizer=teacher.tokenizer,
+        tokenizer=tokenizer,
         source=source,
         mix=data.mix,
         text=data.text,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,11 @@ from relinear.recipes import costs, loader, teacher_config
 from relinear.recipes import plan as planner
 from relinear.recipes.units import format_bytes
 
-QWEN_7B = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000.0,
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "tools" / "tutorials.py"
+QWEN_7B = runpy.run_path(str(DOCS))["QWEN_7B"] | {
     "sliding_window": 131072,
     "use_sliding_window": False,
     "max_window_layers": 28,
-    "tie_word_embeddings": False,
 }
 TINY = {
     "model_type": "llama",
