@@ -68,16 +68,7 @@ def run_stage(
     folder = Path(folder)
     engine = stage.engine = engine or Engine()
     world = engine.world
-    if settings.batch % world.size:
-        raise UserError(
-            f"stages.{stage.name}.batch: {settings.batch} sequences cannot be shared by {world.size} ranks. Write a "
-            f"multiple: stages.{stage.name}.batch={-(-settings.batch // world.size) * world.size}"
-        )
-    if settings.spike is not None and engine.name.startswith("deepspeed"):
-        raise UserError(
-            f"stages.{stage.name}.spike: DeepSpeed cannot leave out a step that has gone backward. Write "
-            f"stages.{stage.name}.spike=null, or engine.parallel=ddp or fsdp2"
-        )
+    engine.require(stage.name, settings.batch, settings.spike)
     world.first(lambda: bool(files.clean_temporaries(folder)))
     store = world.first(lambda: saved.Checkpoints(folder / "checkpoints", settings.keep))
     callbacks = callbacks or Callbacks()

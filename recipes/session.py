@@ -133,6 +133,9 @@ def open_session(
         torch.set_num_threads(recipe.engine.threads)
     asked = recipe.engine
     engine = open_engine(asked.parallel, pick_device(asked.device), asked.offload, asked.offload_dir)
+    for stage in recipe.stages:
+        if isinstance(stage, TrainingStage):
+            engine.require(stage.name, stage.batch, stage.spike)
     world, device = engine.world, engine.home
     progress = progress if world.main else Silent()
     for said in before_work(recipe):

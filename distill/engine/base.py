@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..errors import UserError
 from .node import one_per_node
 from .world import World
 
@@ -72,6 +73,24 @@ class Engine:
 
     def check(self) -> None:
         """Assert that the processes are what the recipe asks for."""
+
+    def require(self, name: str, batch: int, spike: object) -> None:
+        """Refuse a stage that this engine cannot run.
+
+        Args:
+            name: of the stage.
+            batch: sequences of a step, over all ranks.
+            spike: what is done about losses that jump; None: nothing.
+
+        Raises:
+            UserError: the batch is not a multiple of the number of ranks; with DeepSpeed also where spikes are handled.
+        """
+        size = self.world.size
+        if batch % size:
+            raise UserError(
+                f"stages.{name}.batch: {batch} sequences cannot be shared by {size} ranks. Write a multiple: "
+                f"stages.{name}.batch={-(-batch // size) * size}"
+            )
 
     def place_teacher(self, teacher: Teacher) -> Teacher:
         """The teacher as stages run it."""

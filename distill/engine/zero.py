@@ -32,6 +32,7 @@ from deepspeed.utils import (  # pyright: ignore[reportMissingImports]
 )
 from torch import Tensor, nn
 
+from ..errors import UserError
 from .base import Engine, MakeOptimizer, twin
 from .ddp import check_ranks
 from .world import World
@@ -84,6 +85,15 @@ class Zero(Engine):
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         check_ranks(self)
         assert deepspeed.comm.get_world_size() == self.world.size, "DeepSpeed sees another number of ranks"
+
+    def require(self, name: str, batch: int, spike: object) -> None:
+        """See the base class."""
+        super().require(name, batch, spike)
+        if spike is not None:
+            raise UserError(
+                f"stages.{name}.spike: DeepSpeed cannot leave out a step that has gone backward. Write "
+                f"stages.{name}.spike=null, or engine.parallel=ddp or fsdp2"
+            )
 
     def place_teacher(self, teacher: Teacher) -> Teacher:
         """ZeRO-3: a sharded copy. Else the teacher itself."""
