@@ -289,7 +289,7 @@ class AlignStage(TrainingStage):
     loss: Literal["l2", "mse", "relative", "cosine"] = Field(
         default="l2",
         description="distance of the outputs: l2 is the norm itself, not squared (RADLADS); relative is mse over the "
-        "output's mean square",
+        "mean square of the outputs of the same forward pass (micro-batches and ranks change it a little)",
     )
     train: Literal["all", "new"] = Field(
         default="all", description="what learns: all of the mixers, or only what attention did not have (LoLCATs)"
