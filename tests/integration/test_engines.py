@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import runpy
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +14,25 @@ import torch
 from relinear.distill import files
 from relinear.distill.checkpoint import Checkpoints
 
-CHILD = Path(__file__).with_name("engine_child.py")
+Ranks = runpy.run_path(str(Path(__file__).with_name("forks.py")))["Ranks"]
 ENGINES = ("ddp", "fsdp2", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """What forks would each import otherwise."""
+    import deepspeed  # noqa: F401
+    from accelerate import PartialState  # noqa: F401
 
 
 def start(engine: str, teacher: Path, folder: Path, *more: str, ranks: int = 2) -> int:
     """Run the child on so many ranks; its exit code."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    command = [sys.executable, str(CHILD), engine, str(teacher), str(folder), *more]
-    base = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
-        "OMP_NUM_THREADS": "1"
-    }
-    if ranks == 1:
-        return subprocess.run(command, env=base, check=False).returncode
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    running = [
-        subprocess.Popen(command, env=base | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(ranks)
-    ]
-    codes = [process.wait(timeout=240) for process in running]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.parent / f"{folder.name}-log"
+    codes = Ranks.of_child(engine, teacher, folder, ranks, log, more).codes()
+    for rank, code in enumerate(codes):
+        if code not in (0, -signal.SIGKILL):
+            print(f"rank {rank} ended with {code}:\n", log.with_name(f"{log.name}-{rank}").read_text())
     return next((code for code in codes if code), 0)
 
 
