@@ -114,6 +114,11 @@ def load_as(kind: Kind[R], name_or_path: str, overrides: list[str] | None = None
         found = "is empty" if tree.value is None else f"holds {type(tree.value).__name__} {str(tree.value)[:40]!r}"
         raise UserError(f"{name_or_path}: {found}; a recipe is a mapping of sections. To see one: {kind.example}")
     tree = _extended(kind, tree, name_or_path)
+    foreign = {"method"} if kind is CONVERSION else {"teacher", "layers", "stages"}
+    if foreign & set(tree.value):
+        right = "relinear posttrain" if kind is CONVERSION else "relinear run"
+        given = name_or_path if inside(name_or_path) else f"{name_or_path}: this recipe"
+        raise UserError(f"{given} is one of {right}. Type: {right} {name_or_path}; to list them: relinear ls recipes")
     changes.apply(tree.value, overrides or [], tree.places)
     for section in kind.sections:
         tree.value.setdefault(section, {})
@@ -157,9 +162,10 @@ def text_of(name_or_path: str) -> str:
         return (_folder() / f"{name_or_path}.yaml").read_text(encoding="utf-8")
     path = FilePath(name_or_path).expanduser()
     if not path.exists():
+        known = [*shipped(), *posttrain()]
         raise UserError(
             f"{name_or_path}: no such file, and no shipped recipe of that name."
-            f"{rules.nearest(name_or_path, [*shipped(), *methods(), *posttrain()])} Shipped: {', '.join(shipped())}. "
+            f"{rules.nearest(name_or_path, [*known, *methods()])} Shipped: {', '.join(known)}. "
             "To list them: relinear ls recipes"
         )
     try:
@@ -405,8 +411,6 @@ def _near_value(value: Any, expected: str) -> str:
 def _unknown(path: Path, root: type[Section]) -> str:
     """What to write instead of an unknown key."""
     key = str(path[-1])
-    if root is Recipe and path == ("method",):
-        return "unknown key. A recipe with a method trains after conversion: relinear posttrain FILE"
     known = keys_below(path[:-1], root)
     better = OTHER_WORDS.get(key.lower(), key)
     if better in known:

@@ -43,7 +43,7 @@ def open_examples(recipe: PosttrainRecipe) -> Examples:
         MachineError: a Hub dataset cannot be reached.
     """
     data = recipe.data
-    if data.source == ARITHMETIC:
+    if data.source == ARITHMETIC and data.arithmetic is not None:
         found = list(enumerate(arithmetic.examples(recipe.method, data.arithmetic, recipe.seed), 1))
         records = [(f"{ARITHMETIC}, problem {number}", record) for number, record in found]
     else:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ... import __version__
 from ...distill import checkpoint, families, files, run_folder
-from ...distill.card import CONVERSION
+from ...distill.card import CONVERSION, is_local
 from ...distill.digest import teacher_fingerprint
 from ...distill.errors import RunFailed, UserError
 from ...distill.export import export_student
@@ -175,7 +175,11 @@ def _carry_out(work: Work, deadline: float | None, lock: RunLock) -> dict[str, A
     recipe, folder, progress = work.recipe, work.folder, work.progress
     if lock.unsupported:
         progress.note(f"warning: {folder}: no locks here ({lock.unsupported}); see to it that one run alone uses it")
-    with files.MetricsLog(folder / "metrics.jsonl") as metrics, stop_signals() as asked, trainers.quiet():
+    with (
+        files.MetricsLog(folder / "metrics.jsonl") as metrics,
+        stop_signals() as asked,
+        trainers.quiet(_tied(work.model)),
+    ):
         last = saving.take_up(work.checkpoints, metrics)
 
         def stop() -> bool:
@@ -219,6 +223,11 @@ def _carry_out(work: Work, deadline: float | None, lock: RunLock) -> dict[str, A
         return _finish(work, trainer, before, after, seconds)
 
 
+def _tied(model: Any) -> list[str]:
+    """Weights that are others' too, by the names that transformers gives them."""
+    return sorted(model._tied_weights_keys or {}) if model.config.tie_word_embeddings else []
+
+
 def _note(metrics: files.MetricsLog, recipe: PosttrainRecipe, step: int, found: dict[str, Any]) -> None:
     kept = {name: value for name, value in found.items() if name not in ("logps", "samples")}
     metrics.append({"stage": recipe.method, "step": step, "held_out": kept})
@@ -230,6 +239,8 @@ def _before(work: Work, trainer: Any) -> dict[str, Any]:
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     found = measure(work.recipe, trainer, work.examples.valid, None)
+    if found["value"] is None:
+        raise RunFailed(f"{work.recipe.model}: its loss on held-out examples is not finite before any step")
     files.write_json(path, found)
     work.progress.note(f"before: {_figure(found)}")
     return found
@@ -301,6 +312,7 @@ def _provenance(work: Work, result: dict[str, Any]) -> dict[str, Any]:
     step = {name: result[name] for name in ("method", "train", "steps", "seconds", "metric", "changed")}
     step["model"] = public_name(work.recipe.model)
     step["data"] = public_name(work.recipe.data.source)
+    step["local"] = is_local(work.recipe.data.source)
     step["weights"] = teacher_fingerprint(work.source)
     return files.finite(facts | {"result": None, "posttrain": [*facts.get("posttrain", []), step]})
 

@@ -67,6 +67,7 @@ class Keeper(TrainerCallback):
         logs = dict(logs or {})
         if "loss" not in logs:  # the Trainer's summary at the end
             return
+        logs.pop("num_tokens", None)  # TRL counts anew in a run that goes on
         self.metrics.append({"stage": self.recipe.method, "step": state.global_step, **logs})
         shown = {name: float(logs[name]) for name in ("loss", "reward", "rewards/accuracies") if name in logs}
         self.progress(state.global_step, shown)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from .. import loader
-from ..fields import Betas, Count, Device, HeldOut, Length, Placed, Precision, Section, Seed, Words
+from .. import loader, yaml_text
+from ..fields import Betas, Count, Device, Faults, HeldOut, Length, Placed, Precision, Section, Seed, Words
 from ..schema_glue import LoraSection
 from ..units import listed
 
@@ -49,8 +49,8 @@ class PosttrainData(Section):
         min_length=1,
         description="file with a chat template (Jinja), for a tokenizer without one; goes into the export",
     )
-    arithmetic: ArithmeticSection = Field(
-        default_factory=ArithmeticSection, description="with `source: arithmetic`, what is made"
+    arithmetic: ArithmeticSection | None = Field(
+        default=None, description="with `source: arithmetic`, what is made; its defaults if null"
     )
 
 
@@ -161,6 +161,13 @@ class PosttrainRecipe(Placed):
     def _method(cls, value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value
 
+    @model_validator(mode="after")
+    def _rules(self) -> PosttrainRecipe:
+        found = check(self.to_dict())
+        if found:
+            raise Faults(found)
+        return self
+
 
 def check(raw: Any) -> list[tuple[tuple[str | int, ...], str]]:
     """What no single key can say, as (path, message)."""
@@ -199,6 +206,21 @@ def _data(data: dict[str, Any]) -> list[tuple[tuple[str | int, ...], str]]:
 KIND = loader.Kind(PosttrainRecipe, check, "posttrain/", ("data",), "relinear show posttrain/sft")
 
 
+def is_posttrain(name_or_path: str) -> bool:
+    """Whether a recipe is one of this kind: by its name `posttrain/NAME`, its `method`, or what it extends.
+
+    Raises:
+        UserError: no such recipe, or not YAML.
+    """
+    if loader.inside(name_or_path):
+        return name_or_path in KIND.shipped()
+    found = yaml_text.read(loader.text_of(name_or_path), name_or_path, lambda path: True).value
+    if not isinstance(found, dict):
+        return False
+    base = found.get("extends")
+    return "method" in found or (isinstance(base, str) and KIND.named(base) in KIND.shipped())
+
+
 def load(name_or_path: str, overrides: list[str] | None = None) -> PosttrainRecipe:
     """A validated recipe with everything written out.
 
@@ -215,6 +237,8 @@ def load(name_or_path: str, overrides: list[str] | None = None) -> PosttrainReci
     of = model.resolve().parent.name if model.name == "export" else model.name
     folder = recipe.save.dir or f"runs/{Path(name).stem}-{of}"
     update: dict[str, Any] = {"save": recipe.save.model_copy(update={"dir": folder})}
+    if recipe.data.source == ARITHMETIC and recipe.data.arithmetic is None:
+        update["data"] = recipe.data.model_copy(update={"arithmetic": ArithmeticSection()})
     if recipe.method == "dpo" and recipe.dpo is None:
         update["dpo"] = DpoSection()
     if recipe.method == "grpo" and recipe.grpo is None:

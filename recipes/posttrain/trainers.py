@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,20 +43,32 @@ def require_trl(recipe: PosttrainRecipe) -> None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """TRL and datasets without telemetry, without progress bars, and without warnings meant for TRL's authors."""
+def quiet(tied: Sequence[str] = ()) -> Iterator[None]:
+    """TRL and datasets without telemetry, without progress bars, and without warnings meant for TRL's authors.
+
+    Args:
+        tied: names of weights that no file holds, as they are others' too: of these alone transformers need not say
+            that a saved step lacks them.
+    """
     import datasets
     from huggingface_hub import constants
 
     bars, sent = datasets.is_progress_bar_enabled(), constants.HF_HUB_DISABLE_TELEMETRY
     datasets.disable_progress_bar()
     constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL reports every trainer that is made
+    logger, expected = logging.getLogger("transformers.trainer"), f"missing keys in the checkpoint model loaded: {tied}"
+
+    def unexpected(record: logging.LogRecord) -> bool:
+        return expected not in record.getMessage()
+
+    logger.addFilter(unexpected)
     try:
         with warnings.catch_warnings():
             # TRL says gradient_checkpointing where transformers 5.24 says activation_checkpointing.
             warnings.filterwarnings("ignore", message=r".*gradient_checkpointing.*", category=FutureWarning)
             yield
     finally:
+        logger.removeFilter(unexpected)
         constants.HF_HUB_DISABLE_TELEMETRY = sent
         if bars:
             datasets.enable_progress_bar()
@@ -89,13 +102,19 @@ def open_trainer(
         adapters = lora_config(model, settings_of(recipe.lora.model_dump()), recipe.place("lora"))
     make = {"sft": _sft, "dpo": _dpo, "grpo": _grpo}[recipe.method]
     shared = {"model": model, "processing_class": tokenizer, "callbacks": callbacks, "peft_config": adapters}
-    trainer = make(recipe, shared, examples, arguments(recipe, folder), reference)
+    trainer = make(recipe, shared, examples, arguments(recipe, folder, model.device.type), reference)
+    for dataset, what in ((trainer.train_dataset, "to train on"), (trainer.eval_dataset, "held out")):
+        if dataset is not None and not len(dataset):
+            raise UserError(
+                f"{recipe.place('max_length')}: of the examples {what}, no prompt leaves room for a completion in "
+                f"{length(recipe, model)} tokens. Give shorter ones, or more: max_length=512"
+            )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     return trainer
 
 
-def arguments(recipe: PosttrainRecipe, folder: Path) -> dict[str, Any]:
+def arguments(recipe: PosttrainRecipe, folder: Path, device: str) -> dict[str, Any]:
     """What every trainer is told: the recipe in the Trainer's words."""
     micro = recipe.micro_batch or recipe.batch
     return {
@@ -115,7 +134,7 @@ def arguments(recipe: PosttrainRecipe, folder: Path) -> dict[str, Any]:
         # TRL asks for bfloat16 and checkpointing unless told otherwise.
         "bf16": recipe.engine.precision == "bf16",
         "activation_checkpointing": recipe.engine.checkpointing,
-        "use_cpu": recipe.engine.device == "cpu",
+        "use_cpu": device == "cpu",
         "dataloader_pin_memory": False,
         "report_to": "none",
         "disable_tqdm": True,
