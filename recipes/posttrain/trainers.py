@@ -116,7 +116,11 @@ def open_trainer(
 
 def arguments(recipe: PosttrainRecipe, folder: Path, device: str) -> dict[str, Any]:
     """What every trainer is told: the recipe in the Trainer's words."""
+    from transformers import TrainingArguments
+
     micro = recipe.micro_batch or recipe.batch
+    known = TrainingArguments.__dataclass_fields__
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     return {
         "output_dir": str(folder / CHECKPOINTS),
         "max_steps": recipe.steps,
@@ -133,7 +137,7 @@ def arguments(recipe: PosttrainRecipe, folder: Path, device: str) -> dict[str, A
         "seed": recipe.seed,
         # TRL asks for bfloat16 and checkpointing unless told otherwise.
         "bf16": recipe.engine.precision == "bf16",
-        "activation_checkpointing": recipe.engine.checkpointing,
+        checkpointing: recipe.engine.checkpointing,  # renamed in transformers 5.24
         "use_cpu": device == "cpu",
         "dataloader_pin_memory": False,
         "report_to": "none",
