@@ -74,7 +74,7 @@ def conversion(
         "layers": record["layers"],
         "kept_attention": record.get("kept_attention"),
         "stages": public_values(recipe["stages"]),
-        "data": {"sources": [public_name(str(s)) for s in sources if s], "local": [_local(s) for s in sources if s]},
+        "data": {"sources": [public_name(str(s)) for s in sources if s], "local": [is_local(s) for s in sources if s]},
         "seq_len": data.get("seq_len"),
         "saved": saved,
         "dtype": dtype,
@@ -83,9 +83,14 @@ def conversion(
     }
 
 
-def _local(source: str) -> bool:
+def is_local(source: str) -> bool:
     """A data source is of this machine: no Hub data set."""
-    return source == "embedded" or public_name(source) != source or source.count("/") != 1 or Path(source).exists()
+    return (
+        source in ("embedded", "arithmetic")
+        or public_name(source) != source
+        or source.count("/") != 1
+        or Path(source).exists()
+    )
 
 
 def model_card(folder: Path, results: Results | None = None, given: dict[str, Any] | None = None) -> str:
@@ -120,6 +125,7 @@ def model_card(folder: Path, results: Results | None = None, given: dict[str, An
         _proven(folder, config),
         "## Layers\n",
         *_layers(facts, config),
+        *_after(facts),
         *_results(facts, measured, found),
         "## Limits\n",
         *_limits(facts, config, measured),
@@ -168,7 +174,8 @@ def _metadata(facts: dict[str, Any], found: list[Figure], given: dict[str, Any],
         "language": given.get("language"),
         "base_model": base,
         "base_model_relation": "finetune" if base else None,  # of the Hub's four the one whose weights go on training
-        "datasets": [s for s, local in zip(data["sources"], data["local"], strict=True) if not local],
+        "datasets": [s for s, local in zip(data["sources"], data["local"], strict=True) if not local]
+        + [step["data"] for step in facts.get("posttrain", []) if not step["local"]],
         "tags": ["relinear", "linear-attention", "distillation", "custom_code", teacher["family"], *_mixers(facts)],
         "model-index": model_index(own, found, text),
     }
@@ -220,6 +227,30 @@ def _layers(facts: dict[str, Any], config: dict[str, Any]) -> list[str]:
         if layer == total or kind(layer) != kind(start):
             lines.append(f"| {start if layer == start + 1 else f'{start}–{layer - 1}'} | {kind(start)} |")
             start = layer
+    return [*lines, ""]
+
+
+def _after(facts: dict[str, Any]) -> list[str]:
+    """What `relinear posttrain` did to the converted model, a row for each time."""
+    steps = facts.get("posttrain") or []
+    if not steps:
+        return []
+    lines = [
+        "## After conversion\n",
+        "Trained on after that, by TRL. ± one standard error, on examples that were held out.\n",
+        "| method | trained | steps | data | measured | before | after |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for step in steps:
+        metric = step["metric"]
+        values = []
+        for found in (metric["before"], metric["after"]):
+            stderr = found.get("stderr")
+            values.append(f"{found['value']:.4g}" + ("" if stderr is None else f" ± {stderr:.2g}"))
+        lines.append(
+            f"| {step['method']} | {step['train']} | {step['steps']:,} | {step['data']} | {metric['name']} | "
+            f"{values[0]} | {values[1]} |"
+        )
     return [*lines, ""]
 
 

@@ -246,22 +246,33 @@ def _choose(teacher: Teacher, student: Any, settings: StageSettings) -> list[Gro
     student.requires_grad_(False)
     if settings.precision == "fp32":
         student.float()
-    in_mixers = {id(p) for mixer in student.mixers().values() for p in mixer.parameters()}
-    ffn = f".{teacher.family.mlp}."
-    mixers: dict[str, nn.Parameter] = {}
-    rest: dict[str, nn.Parameter] = {}
-    for name, parameter in student.named_parameters():
-        if settings.train == "lora" and not is_adapter(name):
-            continue
-        if id(parameter) in in_mixers:
-            mixers[name] = parameter
-        elif _trains(name, settings.train, ffn):
-            rest[name] = parameter
+    mixers, rest = trained_parameters(student, settings.train, teacher.family.mlp)
     for parameter in (*mixers.values(), *rest.values()):
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     groups = [Group("mixers", mixers, settings.lr_mixers), Group("the rest", rest)]
     return [group for group in groups if group.parameters]
+
+
+def trained_parameters(student: Any, train: str, mlp: str) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """The parameters that a choice of `TRAIN` names, by name: those of the mixers, and the others.
+
+    Args:
+        student: a RelinearForCausalLM; with `lora`, one that has its adapters.
+        train: one of `TRAIN`.
+        mlp: what the family calls a decoder layer's feed-forward block.
+    """
+    in_mixers = {id(p) for mixer in student.mixers().values() for p in mixer.parameters()}
+    mixers: dict[str, nn.Parameter] = {}
+    rest: dict[str, nn.Parameter] = {}
+    for name, parameter in student.named_parameters():
+        if train == "lora" and not is_adapter(name):
+            continue
+        if id(parameter) in in_mixers:
+            mixers[name] = parameter
+        elif _trains(name, train, f".{mlp}."):
+            rest[name] = parameter
+    return mixers, rest
 
 
 def _trains(name: str, train: str, ffn: str) -> bool:

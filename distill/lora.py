@@ -69,7 +69,26 @@ def add_adapters(student: Any, settings: LoraSettings, seed: int, place: str = "
         MachineError: peft is not installed.
     """
     require_peft(place)
-    from peft import LoraConfig, LoraModel
+    from peft import LoraModel
+
+    config = lora_config(student, settings, place)
+    for name in config.target_modules:
+        student.get_submodule(name).float()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tuner = LoraModel(student, config, "default")
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(is_adapter(name))
+    return tuner
+
+
+def lora_config(student: Any, settings: LoraSettings, place: str = "lora") -> Any:
+    """peft's LoraConfig for adapters on a student's decoder layers.
+
+    Raises:
+        UserError: a target that no decoder layer has.
+    """
+    from peft import LoraConfig
 
     layers = f"{student.base_model_prefix}."
     linear = {n: m for n, m in student.named_modules() if isinstance(m, nn.Linear) and n.startswith(layers)}
@@ -79,15 +98,7 @@ def add_adapters(student: Any, settings: LoraSettings, seed: int, place: str = "
             known = ", ".join(sorted(set(last.values())))
             raise UserError(f"{place}.targets: no decoder layer has a linear layer {target!r}. There are: {known}")
     chosen = [name for name in linear if last[name] in settings.targets]
-    for name in chosen:
-        linear[name].float()
-    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=chosen)  # pyright: ignore[reportArgumentType]  (any number does)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        tuner = LoraModel(student, config, "default")
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(is_adapter(name))
-    return tuner
+    return LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=chosen)  # pyright: ignore[reportArgumentType]  (any number does)
 
 
 def is_adapter(name: str) -> bool:

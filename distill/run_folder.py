@@ -33,16 +33,20 @@ _FREE = ("eval", "save", "track", "publish", "max_hours")
 _ENGINE = ("precision",)
 
 
-def take(folder: Path) -> RunLock:
+def take(folder: Path, name: str = RECORD) -> RunLock:
     """Make a folder, where there is none, and lock it, before anything in it is read or written.
 
     What a killed process left half-written, there and in the folders below, is cleared away.
+
+    Args:
+        folder: of the run.
+        name: of the file that says which run it is.
 
     Raises:
         UserError: it holds other files than a run's, or another process works in it.
         MachineError: it cannot be made or written.
     """
-    if not (folder / RECORD).exists():
+    if not (folder / name).exists():
         _check_empty(folder)
     with files.disk_guard(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +57,7 @@ def take(folder: Path) -> RunLock:
     return lock
 
 
-def claim(folder: Path, record: dict[str, Any], recipe_text: str, *, resume: bool) -> bool:
+def claim(folder: Path, record: dict[str, Any], recipe_text: str, *, resume: bool, name: str = RECORD) -> bool:
     """Make `folder` the home of the run that `record` describes, or check that it already is.
 
     Args:
@@ -61,6 +65,7 @@ def claim(folder: Path, record: dict[str, Any], recipe_text: str, *, resume: boo
         record: `recipe` (resolved, plain values), `teacher`, `layers`, `stages`, `versions`, …
         recipe_text: written to recipe.yaml.
         resume: the folder may already hold this run.
+        name: of the file that the record goes to.
 
     Returns:
         True where the folder already held the run.
@@ -68,9 +73,9 @@ def claim(folder: Path, record: dict[str, Any], recipe_text: str, *, resume: boo
     Raises:
         UserError: the folder holds a run and `resume` is False, or it holds another run, or other files.
     """
-    if (folder / RECORD).exists():
-        before = read(folder)
-        check_free(folder, resume=resume)
+    if (folder / name).exists():
+        before = read(folder, name)
+        check_free(folder, resume=resume, name=name)
         different = _differences(before, record)
         if different:
             raise UserError(
@@ -82,35 +87,33 @@ def claim(folder: Path, record: dict[str, Any], recipe_text: str, *, resume: boo
     _check_empty(folder)
     with files.disk_guard(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(folder / RECORD, record)
+    files.write_json(folder / name, record)
     files.write_text(folder / "recipe.yaml", recipe_text)
     return False
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """run.json of a run folder.
+def read(folder: Path, name: str = RECORD) -> dict[str, Any]:
+    """run.json of a run folder, or the record of that name.
 
     Raises:
         UserError: there is none, or it is not readable.
     """
-    path = folder / RECORD
+    path = folder / name
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            f"{folder}: not a run folder (no {RECORD}). To make one: relinear run RECIPE --out DIR"
-        ) from None
+        raise UserError(f"{folder}: not a run folder (no {name}). To make one: relinear run RECIPE --out DIR") from None
     except (json.JSONDecodeError, UnicodeDecodeError, NotADirectoryError) as error:
         raise UserError(f"{path}: cannot be read ({error}). Choose another folder: --out DIR") from None
 
 
-def check_free(folder: Path, *, resume: bool) -> None:
+def check_free(folder: Path, *, resume: bool, name: str = RECORD) -> None:
     """What `take` and `claim` would refuse whatever the run, before any process of it starts; writes nothing.
 
     Raises:
         UserError: the folder holds a run and `resume` is False, or other files.
     """
-    if not (folder / RECORD).exists():
+    if not (folder / name).exists():
         _check_empty(folder)
     elif not resume:
         raise UserError(

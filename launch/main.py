@@ -18,7 +18,7 @@ from .. import __version__
 from ..distill.errors import MachineError, RunFailed, UserError
 from ..mixers.errors import KernelMissing, KernelRefused
 from . import worker
-from .commands import bench, doctor, evaluate, look, model, nodes, prepare, publish, report, select, work
+from .commands import bench, doctor, evaluate, look, model, nodes, posttrain, prepare, publish, report, select, work
 from .commands.common import examples
 from .output import talk
 from .signals import FAILED, INTERRUPTED, MACHINE, OK, USER, Stopped
@@ -38,7 +38,7 @@ app = typer.Typer(
         then="relinear quickstart",
     ),
 )
-for commands in (work, prepare, nodes, look, select, evaluate, model, publish, bench, report, doctor):
+for commands in (work, prepare, nodes, look, select, posttrain, evaluate, model, publish, bench, report, doctor):
     commands.register(app)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
 from ..mixers import registry
 from .layers import check_form
@@ -31,6 +31,25 @@ class Section(BaseModel):
     """Base of all sections: nothing unknown, nothing coerced, nothing changed afterwards."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Placed(Section):
+    """The top of a recipe: knows where its keys were written."""
+
+    _places: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def place(self, path: str) -> str:
+        """Where a dotted path was written, for errors found later: `mine.yaml:7: layers.keep`."""
+        parts = path.split(".")
+        for end in range(len(parts), 0, -1):
+            known = self._places.get(".".join(parts[:end]))
+            if known:
+                return f"{known}: {path}"
+        return path
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values with every key, in the recipe's own form."""
+        return self.model_dump(mode="json", by_alias=True)
 
 
 def _length(value: Any) -> Any:
@@ -85,6 +104,8 @@ Suites = Annotated[
     Words("`quick`, `recall`, `core`, `long`, `generation` or a list"),
 ]
 Betas = Annotated[tuple[float, float], BeforeValidator(_betas), Field(strict=False), Words("two numbers")]
+Precision = Literal["fp32", "bf16"]
+Device = Literal["auto", "cpu", "cuda"]
 Schedule = Literal["cosine", "quarter_cosine", "linear", "constant", "wsd"]
 Weight = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

@@ -6,15 +6,18 @@ Every mistake is one line, `file:line: dotted.path: what is wrong and what to wr
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path as FilePath
-from typing import Any, get_args, get_origin
+from typing import Any, Generic, TypeVar, get_args, get_origin
 
 from pydantic import ValidationError
 
 from ..distill.errors import UserError
 from . import overrides as changes
 from . import rules, yaml_text
+from .fields import Placed
 from .schema import EMBEDDED, STAGES, Faults, Recipe, Section
 from .yaml_text import Path, Tree
 
@@ -55,7 +58,39 @@ OTHER_VALUES = {
 }
 # Replaced as a whole when a recipe that extends another one gives them.
 _WHOLE = ({"layers.keep", "layers.convert", "layers.overrides", "data.mix"}, {"loss", "betas"})
-_TO_GIVE = {"teacher.model": "PATH_OR_ID", "data.source": "FILE"}
+_TO_GIVE = {"teacher.model": "PATH_OR_ID", "data.source": "FILE", "model": "RUN/export"}
+
+R = TypeVar("R", bound=Placed)
+
+
+@dataclass(frozen=True)
+class Kind(Generic[R]):
+    """What a YAML file is read as.
+
+    Attributes:
+        schema: its top.
+        rules: what no single key can say: plain values -> (path, message) of every broken rule.
+        folder: where below this package those lie that are shipped: "" or `NAME/`.
+        sections: that are mappings where a file leaves them out, so that errors name the key below that is missing.
+        example: a command that shows one.
+    """
+
+    schema: type[R]
+    rules: Callable[[Any], list[tuple[Path, str]]]
+    folder: str
+    sections: tuple[str, ...]
+    example: str
+
+    def shipped(self) -> list[str]:
+        """Names of those inside the package, sorted."""
+        return _names(self.folder)
+
+    def named(self, name: str) -> str:
+        """What a user calls it as this module does: `sft` -> `posttrain/sft`; anything else as it is."""
+        return f"{self.folder}{name}" if f"{self.folder}{name}" in self.shipped() else name
+
+
+CONVERSION = Kind(Recipe, rules.check, "", ("teacher", "data"), "relinear show rwkv7")
 
 
 def load(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
@@ -68,40 +103,53 @@ def load(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
     Raises:
         UserError: every mistake, one per line, each with its place.
     """
-    tree = _read(name_or_path)
-    if not isinstance(tree.value, dict):
-        found = "is empty" if tree.value is None else f"holds {type(tree.value).__name__} {str(tree.value)[:40]!r}"
-        raise UserError(f"{name_or_path}: {found}; a recipe is a mapping of sections. To see one: relinear show rwkv7")
-    tree = _extended(tree, name_or_path)
-    changes.apply(tree.value, overrides or [], tree.places)
-    for section in ("teacher", "data"):
-        tree.value.setdefault(section, {})
-    recipe = _validated(tree)
-    recipe._places = {_dotted(path, tree.value): place for path, place in tree.places.items()}
+    recipe = load_as(CONVERSION, name_or_path, overrides)
     return _completed(recipe, name_or_path if name_or_path in shipped() else FilePath(name_or_path).stem)
 
 
-def dump(recipe: Recipe) -> str:
+def load_as(kind: Kind[R], name_or_path: str, overrides: list[str] | None = None) -> R:
+    """A validated recipe of any kind; see `load`."""
+    tree = _read(name_or_path)
+    if not isinstance(tree.value, dict):
+        found = "is empty" if tree.value is None else f"holds {type(tree.value).__name__} {str(tree.value)[:40]!r}"
+        raise UserError(f"{name_or_path}: {found}; a recipe is a mapping of sections. To see one: {kind.example}")
+    tree = _extended(kind, tree, name_or_path)
+    foreign = {"method"} if kind is CONVERSION else {"teacher", "layers", "stages"}
+    if foreign & set(tree.value):
+        right = "relinear posttrain" if kind is CONVERSION else "relinear run"
+        given = name_or_path if inside(name_or_path) else f"{name_or_path}: this recipe"
+        raise UserError(f"{given} is one of {right}. Type: {right} {name_or_path}; to list them: relinear ls recipes")
+    changes.apply(tree.value, overrides or [], tree.places)
+    for section in kind.sections:
+        tree.value.setdefault(section, {})
+    recipe = _validated(kind, tree)
+    recipe._places = {_dotted(path, tree.value): place for path, place in tree.places.items()}
+    return recipe
+
+
+def dump(recipe: Placed) -> str:
     """The resolved recipe as YAML with every key; `load` reads it back to an equal recipe."""
     return yaml_text.write(recipe.to_dict())
 
 
 def shipped() -> list[str]:
     """Names of the recipes inside the package, sorted."""
-    return sorted(file.name.removesuffix(".yaml") for file in _folder().iterdir() if file.name.endswith(".yaml"))
+    return _names("")
 
 
 def methods() -> list[str]:
     """Published procedures inside the package as `methods/NAME`, sorted; `relinear bench methods` runs them."""
-    folder = _folder() / "methods"
-    return sorted(
-        f"methods/{file.name.removesuffix('.yaml')}" for file in folder.iterdir() if file.name.endswith(".yaml")
-    )
+    return _names("methods/")
+
+
+def posttrain() -> list[str]:
+    """Recipes for training after conversion as `posttrain/NAME`, sorted; `relinear posttrain` runs them."""
+    return _names("posttrain/")
 
 
 def inside(name: str) -> bool:
     """The package has a recipe of that name."""
-    return name in shipped() or name in methods()
+    return name in (*shipped(), *methods(), *posttrain())
 
 
 def text_of(name_or_path: str) -> str:
@@ -114,9 +162,10 @@ def text_of(name_or_path: str) -> str:
         return (_folder() / f"{name_or_path}.yaml").read_text(encoding="utf-8")
     path = FilePath(name_or_path).expanduser()
     if not path.exists():
+        known = [*shipped(), *posttrain()]
         raise UserError(
             f"{name_or_path}: no such file, and no shipped recipe of that name."
-            f"{rules.nearest(name_or_path, [*shipped(), *methods()])} Shipped: {', '.join(shipped())}. "
+            f"{rules.nearest(name_or_path, [*known, *methods()])} Shipped: {', '.join(known)}. "
             "To list them: relinear ls recipes"
         )
     try:
@@ -135,12 +184,12 @@ def summary(name_or_path: str) -> str:
     return first.lstrip("# ").strip() if first.startswith("#") else ""
 
 
-def keys_below(path: Path) -> dict[str, type[Section] | None]:
+def keys_below(path: Path, root: type[Section] = Recipe) -> dict[str, type[Section] | None]:
     """The keys that the schema has below a path (as in the data: stages by number and kind), each with its section.
 
     Empty where the keys are the user's own words or the path leads nowhere.
     """
-    here: type[Section] | None = Recipe
+    here: type[Section] | None = root
     parts = list(path)
     if parts[:1] == ["stages"] and len(parts) >= 3:
         here, parts = STAGES.get(str(parts[2])), parts[3:]
@@ -162,12 +211,20 @@ def _folder() -> Any:
     return resources.files(__package__ or "relinear.recipes")
 
 
+def _names(folder: str) -> list[str]:
+    """The YAML files of a folder below this package, as `FOLDER/NAME`."""
+    place = _folder() / folder if folder else _folder()
+    return sorted(
+        f"{folder}{file.name.removesuffix('.yaml')}" for file in place.iterdir() if file.name.endswith(".yaml")
+    )
+
+
 def _read(name_or_path: str) -> Tree:
     label = f"{name_or_path}.yaml" if inside(name_or_path) else name_or_path
     return yaml_text.read(text_of(name_or_path), label, changes.none_is_word)
 
 
-def _extended(child: Tree, name_or_path: str) -> Tree:
+def _extended(kind: Kind[R], child: Tree, name_or_path: str) -> Tree:
     """The recipe on top of the one it extends; the recipe itself where it extends none."""
     if "extends" not in child.value:
         return child
@@ -175,7 +232,8 @@ def _extended(child: Tree, name_or_path: str) -> Tree:
     where = f"{child.places[('extends',)]}: extends"
     if not isinstance(base, str):
         raise UserError(f"{where}: expected a shipped recipe's name or a path, found {base!r}")
-    if base not in shipped():
+    base = kind.named(base)
+    if base not in kind.shipped():
         base = str(FilePath(name_or_path).expanduser().parent / FilePath(base).expanduser())
     try:
         parent = _read(base)
@@ -246,22 +304,22 @@ def _copy_places(into: dict[Path, str], here: Path, places: dict[Path, str], the
             into[here + path[len(there) :]] = place
 
 
-def _validated(tree: Tree) -> Recipe:
+def _validated(kind: Kind[R], tree: Tree) -> R:
     """The recipe, or one error with a line for every mistake, in the order of the file."""
     problems = [(place, _dotted(path, tree.value), message) for path, place, message in tree.faults]
     faulty = {path for path, _, _ in tree.faults}
     recipe = None
     found: list[tuple[Path, str]] = []
     try:
-        recipe = Recipe.model_validate(tree.value)
+        recipe = kind.schema.model_validate(tree.value)
     except ValidationError as error:
         for item in error.errors():
             cause = item.get("ctx", {}).get("error")
             if isinstance(cause, Faults):
                 found += [(item["loc"] + path, message) for path, message in cause.items]
             else:
-                found.append((item["loc"], _message(item, tree.value)))
-        found += [rule for rule in rules.check(tree.value) if rule not in found]
+                found.append((item["loc"], _message(item, tree.value, kind.schema)))
+        found += [rule for rule in kind.rules(tree.value) if rule not in found]
     for path, message in found:
         if path not in faulty:
             problems.append((_place(tree.places, path), _dotted(path, tree.value), message))
@@ -306,33 +364,33 @@ _EXPECTED = {
 }
 
 
-def _message(item: Any, raw: Any) -> str:
+def _message(item: Any, raw: Any, root: type[Section]) -> str:
     """One of pydantic's errors in our words: expected, found, and what to write."""
-    kind, value, context, path = item["type"], item["input"], item.get("ctx", {}), item["loc"]
-    if kind == "extra_forbidden":
-        return _unknown(path)
-    if kind == "missing":
+    fault, value, context, path = item["type"], item["input"], item.get("ctx", {}), item["loc"]
+    if fault == "extra_forbidden":
+        return _unknown(path, root)
+    if fault == "missing":
         dotted = _dotted(path, raw)
         example = _TO_GIVE.get(dotted) or ("2M" if path[-1] in ("tokens", "lr") else "VALUE")
         example = "1e-3" if path[-1] == "lr" else "1" if dotted == "schema" else example
         return f"required; add {dotted}={example} to the command, or write it in the recipe"
-    if kind == "value_error":
+    if fault == "value_error":
         return str(context["error"])
-    if kind == "literal_error":
+    if fault == "literal_error":
         expected = f"one of {context['expected']}".replace("'", "").replace(" or ", ", ")
         expected = expected.removeprefix("one of ") if "," not in expected else expected
         return f"expected {expected}, found {value!r}.{_near_value(value, expected)}".rstrip(".")
-    if kind in _EXPECTED:
-        hint = _near_bool(value) if kind == "bool_type" else ""
-        if kind == "string_type" and isinstance(value, int | float):
+    if fault in _EXPECTED:
+        hint = _near_bool(value) if fault == "bool_type" else ""
+        if fault == "string_type" and isinstance(value, int | float):
             hint = """; quotes make it a text: '"..."' on the command line"""
-        return f"expected {_EXPECTED[kind]}, found {value!r}{hint}"
+        return f"expected {_EXPECTED[fault]}, found {value!r}{hint}"
     bounds = {"greater_than": "above {gt}", "greater_than_equal": "at least {ge}", "less_than": "below {lt}"}
     bounds |= {"less_than_equal": "at most {le}"}
-    if kind in bounds:
+    if fault in bounds:
         limits = {name: f"{limit:g}" for name, limit in context.items()}
-        return f"expected a number {bounds[kind].format(**limits)}, found {value!r}"
-    if kind in ("string_too_short", "too_short"):
+        return f"expected a number {bounds[fault].format(**limits)}, found {value!r}"
+    if fault in ("string_too_short", "too_short"):
         return "is empty; give a value, or leave the key out"
     return f"{item['msg'][0].lower()}{item['msg'][1:]}, found {value!r}"
 
@@ -350,17 +408,17 @@ def _near_value(value: Any, expected: str) -> str:
     return f" Did you mean {other}?" if other in known else rules.nearest(value, known)
 
 
-def _unknown(path: Path) -> str:
+def _unknown(path: Path, root: type[Section]) -> str:
     """What to write instead of an unknown key."""
     key = str(path[-1])
-    known = keys_below(path[:-1])
+    known = keys_below(path[:-1], root)
     better = OTHER_WORDS.get(key.lower(), key)
     if better in known:
         return f"unknown key. Did you mean {better}?"
     near = rules.nearest(key, [*known, "extends"] if len(path) == 1 else known)
     if near:
         return f"unknown key.{near}"
-    for section, below in _sections(Recipe).items():
+    for section, below in _sections(root).items():
         if below is not None and better in _sections(below):
             return f"unknown key. Did you mean {section}.{better}?"
     return f"unknown key. Known here: {', '.join(known)}"

@@ -22,9 +22,9 @@ class Kept:
         """`told`: the `Progress` that speaks; `folder`: of the run."""
         self.told, self.path = told, folder / NOTES
 
-    def stage(self, name: str, total_tokens: int | None = None, done_tokens: int = 0) -> None:
+    def stage(self, name: str, total_tokens: int | None = None, done_tokens: int = 0, unit: str = "tokens") -> None:
         """A stage begins."""
-        self.told.stage(name, total_tokens, done_tokens)
+        self.told.stage(name, total_tokens, done_tokens, unit)
 
     def update(self, tokens: int, **metrics: float) -> None:
         """So many tokens are done."""

@@ -123,7 +123,7 @@ key with its settings. Names must differ, so a second `glue` needs one: `- glue:
 
 def markdown() -> str:
     """The whole page."""
-    parts = [_INTRO, _table("The top level", Recipe, list(Recipe.model_fields), 2)]
+    parts = [_INTRO, table("The top level", Recipe, list(Recipe.model_fields), 2)]
     for name, info in Recipe.model_fields.items():
         section = info.annotation
         if name == "mixers":
@@ -131,14 +131,15 @@ def markdown() -> str:
         elif name == "stages":
             parts.append(_stages())
         elif isinstance(section, type) and issubclass(section, Section):
-            parts.append(_table(name, section, list(section.model_fields), 2))
+            parts.append(table(name, section, list(section.model_fields), 2))
         if name == "layers":
-            parts.append(_table("layers.overrides", OverrideSection, list(OverrideSection.model_fields)))
-            parts += [_table("layers.attention", AttentionSection, list(AttentionSection.model_fields)), _LAYERS]
+            parts.append(table("layers.overrides", OverrideSection, list(OverrideSection.model_fields)))
+            parts += [table("layers.attention", AttentionSection, list(AttentionSection.model_fields)), _LAYERS]
     return "\n".join(parts)
 
 
-def _table(title: str, section: type[Section], keys: list[str], level: int = 3) -> str:
+def table(title: str, section: type[Section], keys: list[str], level: int = 3) -> str:
+    """A section's keys as a table of Markdown, below a heading."""
     lines = [f"{'#' * level} {title}", "", section.__doc__ or "", "", *_HEADER]
     for name, info in section.model_fields.items():
         if name in keys:
@@ -170,21 +171,21 @@ def _mixers() -> str:
 def _stages() -> str:
     parts = [
         _STAGES,
-        _table("stages: what every training stage can set", TrainingStage, list(TrainingStage.model_fields)),
-        _table("spike of every training stage", SpikeSection, list(SpikeSection.model_fields)),
+        table("stages: what every training stage can set", TrainingStage, list(TrainingStage.model_fields)),
+        table("spike of every training stage", SpikeSection, list(SpikeSection.model_fields)),
     ]
     for kind, stage in STAGES.items():
         title = "stages: transfer" if kind == "transfer" else f"stages: what {kind} adds or has another default for"
         parts.append(
-            _table(title, stage, list(Stage.model_fields) if kind == "transfer" else list(stage.__annotations__))
+            table(title, stage, list(Stage.model_fields) if kind == "transfer" else list(stage.__annotations__))
         )
         if kind == "align":
-            parts.append(_table("stream of align", StreamSection, list(StreamSection.model_fields)))
+            parts.append(table("stream of align", StreamSection, list(StreamSection.model_fields)))
         if kind == "glue":
-            parts.append(_table("loss of glue and extend", LossWeights, list(LossWeights.model_fields)))
-            parts.append(_table("lora of glue and extend", LoraSection, list(LoraSection.model_fields)))
+            parts.append(table("loss of glue and extend", LossWeights, list(LossWeights.model_fields)))
+            parts.append(table("lora of glue and extend", LoraSection, list(LoraSection.model_fields)))
             fields = list(TeacherLogitsSection.model_fields)
-            parts.append(_table("teacher_logits of glue and extend", TeacherLogitsSection, fields))
+            parts.append(table("teacher_logits of glue and extend", TeacherLogitsSection, fields))
         if kind == "extend":
             parts.append("All other keys are those of `glue`.\n")
     return "\n".join(parts)

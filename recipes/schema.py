@@ -13,7 +13,6 @@ from pydantic import (
     BeforeValidator,
     Discriminator,
     Field,
-    PrivateAttr,
     Tag,
     field_validator,
     model_validator,
@@ -24,11 +23,14 @@ from . import rules
 from .fields import (
     Betas,
     Count,
+    Device,
     Faults,
     HeldOut,
     LayerChoice,
     Length,
     MixerName,
+    Placed,
+    Precision,
     Schedule,
     Section,
     Seed,
@@ -378,9 +380,7 @@ AnyStage = Annotated[
 class EngineSection(Section):
     """What the run runs on."""
 
-    precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="of the student's compute; weights stay fp32 masters"
-    )
+    precision: Precision = Field(default="fp32", description="of the student's compute; weights stay fp32 masters")
     parallel: Literal["single", "ddp", "fsdp2", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3"] = Field(
         default="single",
         description="one process; ddp: each holds everything; fsdp2: shards of everything; deepspeed-zeroN: shards of "
@@ -394,7 +394,7 @@ class EngineSection(Section):
         default=False, description="glue keeps the input of each decoder block and computes the rest again (slower)"
     )
     compile: bool = Field(default=False, description="torch.compile the mixers; the first steps take minutes")
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes a GPU where there is one")
+    device: Device = Field(default="auto", description="auto takes a GPU where there is one")
     threads: int | None = Field(default=None, ge=1, description="CPU threads; as torch finds them if null")
     timeout: int = Field(
         default=10_800,
@@ -471,7 +471,7 @@ class SaveSection(Section):
     keep: int = Field(default=2, ge=1, description="saved steps kept, the newest ones; the best is kept beside them")
 
 
-class Recipe(Section):
+class Recipe(Placed):
     """A whole recipe."""
 
     schema_version: Literal[1] = Field(alias="schema", description="version of this format: 1")
@@ -491,8 +491,6 @@ class Recipe(Section):
     max_hours: float | None = Field(
         default=None, gt=0, description="save and stop after so many hours; --resume goes on"
     )
-
-    _places: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @field_validator("mixers", mode="before")
     @classmethod
@@ -548,15 +546,6 @@ class Recipe(Section):
             if stage.name == name:
                 return stage
         raise KeyError(name)
-
-    def place(self, path: str) -> str:
-        """Where a dotted path was written, for errors found later: `mine.yaml:7: layers.keep`."""
-        parts = path.split(".")
-        for end in range(len(parts), 0, -1):
-            known = self._places.get(".".join(parts[:end]))
-            if known:
-                return f"{known}: {path}"
-        return path
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values with every key, in the recipe's own form."""

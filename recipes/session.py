@@ -35,7 +35,7 @@ from .trackers import Trackers, open_trackers, require_trackers
 class Progress(Protocol):
     """Whom a run tells how far it is; `launch.progress.Progress` is one."""
 
-    def stage(self, name: str, total_tokens: int | None = None, done_tokens: int = 0) -> None:
+    def stage(self, name: str, total_tokens: int | None = None, done_tokens: int = 0, unit: str = "tokens") -> None:
         """A stage begins."""
 
     def update(self, tokens: int, **metrics: float) -> None:
@@ -51,7 +51,7 @@ class Progress(Protocol):
 class Silent:
     """A `Progress` that says nothing."""
 
-    def stage(self, name: str, total_tokens: int | None = None, done_tokens: int = 0) -> None:
+    def stage(self, name: str, total_tokens: int | None = None, done_tokens: int = 0, unit: str = "tokens") -> None:
         """Nothing."""
 
     def update(self, tokens: int, **metrics: float) -> None:

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ..errors import UserError
+
+T = TypeVar("T")
 
 SEPARATOR = "<|endoftext|>"
 """What `separator: auto` stands for."""
@@ -108,23 +110,47 @@ def read_documents(files: list[Path], fields: Fields) -> Iterator[Document]:
         UserError: an unreadable or undecodable file, invalid JSON, a missing field; file and line are named.
     """
     for path in files:
+        if path.suffix.lower() in (*_LINES, ".parquet"):
+            for place, record in read_records([path], [name for name in (fields.text, fields.messages) if name]):
+                if document := record_document(record, fields, place):
+                    yield document
+        else:
+            yield from _readable(path, _text_documents(path, fields.separator))
+
+
+def read_records(files: list[Path], columns: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
+    """(place, record) of every record of jsonl, json and parquet files, in order.
+
+    Args:
+        files: what they hold is told by their names.
+        columns: of parquet, those that are read, where the file has one of them; all otherwise.
+
+    Raises:
+        UserError: another kind of file, an unreadable one, invalid JSON; file and line are named.
+    """
+    for path in files:
         suffix = path.suffix.lower()
-        try:
-            if suffix in _LINES:
-                yield from _json_documents(path, fields)
-            elif suffix == ".parquet":
-                yield from _parquet_documents(path, fields)
-            else:
-                yield from _text_documents(path, fields.separator)
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path}: not UTF-8 text (byte 0x{error.object[error.start]:02x}); expected plain text, .jsonl or "
-                f".parquet; if it is text in another encoding: iconv -f LATIN1 -t UTF-8 {path} > {path.stem}.utf8.txt"
-            ) from None
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot be read ({error.strerror or error}); expected a readable file; look with: ls -l {path}"
-            ) from None
+        if suffix in _LINES:
+            yield from _readable(path, _json_records(path))
+        elif suffix == ".parquet":
+            yield from _readable(path, _parquet_records(path, columns))
+        else:
+            raise UserError(f"{path}: expected records, in a file that ends in {', '.join((*_LINES, '.parquet'))}")
+
+
+def _readable(path: Path, found: Iterator[T]) -> Iterator[T]:
+    """What reading a file gives, with the errors of the file system and of its encoding in our words."""
+    try:
+        yield from found
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not UTF-8 text (byte 0x{error.object[error.start]:02x}); expected plain text, .jsonl or "
+            f".parquet; if it is text in another encoding: iconv -f LATIN1 -t UTF-8 {path} > {path.stem}.utf8.txt"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or error}); expected a readable file; look with: ls -l {path}"
+        ) from None
 
 
 def record_document(record: Any, fields: Fields, place: str) -> Document | None:
@@ -181,7 +207,7 @@ def _pieces(path: Path, mark: str | None) -> Iterator[str]:
     yield rest
 
 
-def _json_documents(path: Path, fields: Fields) -> Iterator[Document]:
+def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open(encoding="utf-8-sig") as file:
         start = file.read(1)
         while start.isspace():
@@ -189,15 +215,13 @@ def _json_documents(path: Path, fields: Fields) -> Iterator[Document]:
         file.seek(0)
         if path.suffix.lower() == ".json" and start == "[":
             for number, record in enumerate(_parse(file.read(), str(path)), 1):
-                if document := record_document(record, fields, f"{path}, record {number}"):
-                    yield document
+                yield f"{path}, record {number}", record
             return
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             place = f"{path}:{number}"
-            if document := record_document(_parse(line, place), fields, place):
-                yield document
+            yield place, _parse(line, place)
 
 
 def _parse(text: str, place: str) -> Any:
@@ -212,20 +236,19 @@ def _parse(text: str, place: str) -> Any:
         raise UserError(f"{place}: JSON nested too deeply; expected one JSON object per line") from None
 
 
-def _parquet_documents(path: Path, fields: Fields) -> Iterator[Document]:
+def _parquet_records(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
     import pyarrow
     from pyarrow import parquet
 
     try:
         file = parquet.ParquetFile(path)
-        wanted = [name for name in (fields.text, fields.messages) if name in file.schema_arrow.names]
-        columns = wanted or None  # without any, the first row's error names the fields found
+        wanted = [name for name in columns if name in file.schema_arrow.names]
+        # Without any, whoever asked can name the fields that there are.
         number = 0
-        for batch in file.iter_batches(batch_size=1024, columns=columns):
+        for batch in file.iter_batches(batch_size=1024, columns=wanted or None):
             for record in batch.to_pylist():
                 number += 1
-                if document := record_document(record, fields, f"{path}, row {number}"):
-                    yield document
+                yield f"{path}, row {number}", record
     except pyarrow.ArrowException as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a readable parquet file ({first}); expected parquet; write it anew") from None

@@ -44,7 +44,7 @@ class RecordStream:
         self.fields = fields
         self.files = list(files or [])
         self._opened = _stats(source, self.files)
-        self.dataset = _open_files(source, files) if files else _load(source, source, name=name, split=split)
+        self.dataset = _open_files(source, files) if files else load_stream(source, source, name=name, split=split)
         self._beginning = copy.deepcopy(self.dataset.state_dict())
         self._records: Any = None
         self._number = 0
@@ -60,7 +60,7 @@ class RecordStream:
         self._check_unchanged()
         found = []
         taken = 0
-        for record in _reading(self.source, islice(self._records, count)):
+        for record in reading(self.source, islice(self._records, count)):
             taken += 1
             self._number += 1
             if document := record_document(record, self.fields, f"{self.source}, record {self._number}"):
@@ -114,7 +114,8 @@ def _stats(source: str, files: Sequence[Path]) -> list[tuple[int, int, int]]:
     return found
 
 
-def _reading(source: str, records: Any) -> Any:
+def reading(source: str, records: Any) -> Any:
+    """Records of a dataset, with its errors in our words; see `RecordStream`."""
     from datasets.exceptions import DatasetsError
 
     try:
@@ -136,10 +137,16 @@ def _open_files(source: str, files: Sequence[Path]) -> Any:
             f"{source}: found {', '.join(path.name for path in files[:5])}; to stream, expected only .jsonl or only "
             ".parquet files; set data.stream=false, or convert the text to jsonl"
         )
-    return _load(source, kinds[0], data_files=[str(path) for path in files], split="train")
+    return load_stream(source, kinds[0], data_files=[str(path) for path in files], split="train")
 
 
-def _load(source: str, path: str, **options: Any) -> Any:
+def load_stream(source: str, path: str, **options: Any) -> Any:
+    """A dataset of `datasets` as a stream; `source` is what errors call it.
+
+    Raises:
+        UserError: there is none like it.
+        MachineError: it cannot be reached.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 

@@ -91,7 +91,8 @@ def _families() -> list[dict[str, Any]]:
 def _recipes() -> list[dict[str, Any]]:
     from ...recipes import loader
 
-    return [{"name": name, "what": loader.summary(name)} for name in (*loader.shipped(), *loader.methods())]
+    names = (*loader.shipped(), *loader.posttrain(), *loader.methods())
+    return [{"name": name, "what": loader.summary(name)} for name in names]
 
 
 def _teachers() -> list[dict[str, Any]]:
@@ -121,12 +122,13 @@ def show(
         _show_mixer(name, overrides, json)
         return
     from ...recipes import loader
+    from ...recipes.posttrain import schema as posttrain
 
     if not loader.inside(name) and _is_mixer(name):
         _show_mixer(name, overrides, json)
         return
     try:
-        recipe = loader.load(name, overrides)
+        recipe = (posttrain if posttrain.is_posttrain(name) else loader).load(name, overrides)
     except UserError as error:
         if json or overrides or not loader.inside(name):
             raise
@@ -217,9 +219,11 @@ def check(recipe: Recipe, overrides: Overrides = None, json: Json = False) -> No
     """
     from ...recipes import loader
     from ...recipes import plan as planner
+    from ...recipes.posttrain import schema as posttrain
 
-    loaded = loader.load(recipe, overrides)
-    notes = planner.plan(loaded).notes
+    after = posttrain.is_posttrain(recipe)
+    loaded = (posttrain if after else loader).load(recipe, overrides)
+    notes = [] if after else planner.plan(loaded).notes  # pyright: ignore[reportArgumentType]
     _check_sources(loaded)
     if json:
         data_json({"recipe": recipe, "ok": True, "notes": notes})
@@ -227,18 +231,20 @@ def check(recipe: Recipe, overrides: Overrides = None, json: Json = False) -> No
         data(f"{recipe}: ok")
         for note in notes:
             talk(f"note: {note}")
-    next_command(command_line("plan", recipe, overrides))
+    next_command(command_line("posttrain" if after else "plan", recipe, overrides))
 
 
 def _check_sources(recipe: Any) -> None:
     """Every local file that the recipe's text comes from exists."""
+    from ...recipes.posttrain.schema import ARITHMETIC
     from ...recipes.schema import EMBEDDED
 
-    sources = [("data.source", recipe.data.source), *(("data.mix", name) for name in recipe.data.mix or {})]
+    mix = getattr(recipe.data, "mix", None) or {}
+    sources = [("data.source", recipe.data.source), *(("data.mix", name) for name in mix)]
     if isinstance(recipe.data.valid, str):
         sources.append(("data.valid", recipe.data.valid))
     for key, source in sources:
-        if source not in (None, EMBEDDED):
+        if source not in (None, EMBEDDED, ARITHMETIC):
             check_source(recipe.place(key), source)
 
 

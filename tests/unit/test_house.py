@@ -74,6 +74,7 @@ TORCH_BOUND = {
         "recipes.quickstart",
         "recipes.embedded.train",
     ),
+    *(f"recipes.posttrain.{name}" for name in ("run", "frozen", "measure", "saving", "trainers")),
     *("recipes.bench", "recipes.bench_ops", "recipes.bench_cases", "recipes.bench_steps"),
     *("recipes.bench_ranks", "recipes.bench_train"),
     *("recipes.bench_measure", "recipes.bench_baselines", "recipes.bench_methods_job"),

@@ -26,7 +26,7 @@ def test_everything_is_passed_on_and_notes_are_kept(tmp_path):
     kept.done()
     Kept(heard, tmp_path).note("after a resume")
     assert heard.heard == [
-        ("stage", "align", 100, 5),
+        ("stage", "align", 100, 5, "tokens"),
         ("update", 10, ("loss", 0.5)),
         ("note", "warning: “a”\nand b"),
         ("done",),

@@ -1,0 +1,1 @@
+"""Training after conversion: recipes that call TRL (SFT, DPO, GRPO) on a converted model."""
