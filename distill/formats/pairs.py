@@ -310,8 +310,19 @@ def _layers(wanted: Format, student: Student) -> list[str]:
         else:
             for problem in _demands(wanted, student, layer):
                 note(problem, layer)
+            if other := _unlike(wanted, student, layer):
+                note(f"{', '.join(other)} differ from the first layer's; the format has one value for all", layer)
     every = student.layers
     return [_at(layers, every) + problem for problem, layers in problems.items()]
+
+
+def _unlike(wanted: Format, student: Student, layer: int) -> list[str]:
+    """Options, those of first values aside, that are not as in the first layer."""
+    if student.plan.get(0, ("",))[0] != wanted.mixer:
+        return []
+    first, here = student.options(0).to_dict(), student.options(layer).to_dict()
+    free = ("form", "chunk", "start", *(name for name, value in first.items() if type(value) is float))
+    return [name for name in here if here[name] != first[name] and name not in free]
 
 
 def _demands(wanted: Format, student: Student, layer: int) -> list[str]:

@@ -68,7 +68,7 @@ def export_as(
     folder = Path(out) if out is not None else source / "exports" / (name if default else f"{commit.path.name}-{name}")
     if folder.exists() and not overwrite:
         raise UserError(f"{folder}: already exists. Give another folder with --out, or add --overwrite to replace it")
-    between = source / "exports" / f"{name}{TEMPORARY}{os.getpid()}"
+    between = source / "exports" / f"student{TEMPORARY}{os.getpid()}"
     try:
         export(source, step, between, stage=stage, overwrite=True)
         record = convert(between, name, folder, **settings)

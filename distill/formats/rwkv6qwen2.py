@@ -23,10 +23,11 @@ def rename(name: str) -> str:
 def config(student: pairs.Student) -> dict[str, Any]:
     """What config.json says beside what all formats say."""
     found = pairs.ranks(student, 0)
-    geometry = student.geometry(0)
+    geometry, options = student.geometry(0), student.options(0)
     return {
         "model_type": "rwkv6qwen2",
-        "attention_bias": geometry.qkv_bias and student.options(0).qkv_bias,
+        "attention_bias": geometry.qkv_bias and options.qkv_bias,
+        "num_key_value_heads": geometry.num_heads if options.expand_kv else geometry.num_kv_heads,
         "attention_output_bias": False,
         "lora_rank_decay": found["w"],
         "lora_rank_tokenshift": found["shift"],
