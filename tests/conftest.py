@@ -288,29 +288,32 @@ def scattered(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def real_conversion(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """real_conversion(mixer, options) -> the run of a short conversion of every layer of a real teacher, stories260k."""
+def real_conversion(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """real_conversion(mixer, options, *changes) -> the run of a short conversion of all layers of stories260k.
+
+    `changes` are the recipe's; `teacher="embedded"` takes the teacher and the text that come with the package.
+    """
     made: dict[str, Path] = {}
 
     from relinear.recipes import loader, runner
 
-    def convert(mixer: str, options: str, *changes: str) -> Path:
-        key = f"{mixer} {options} {changes}"
+    def convert(mixer: str, options: str, *changes: str, teacher: str = "stories260k") -> Path:
+        key = f"{mixer} {options} {changes} {teacher}"
         if key not in made:
+            source = teacher
+            if teacher != "embedded":
+                shared = request.getfixturevalue("shared")
+                teacher, source = f"{shared}/teachers/{teacher}", f"{shared}/corpora/tinystories/valid.txt"
             out = tmp_path_factory.mktemp("runs") / mixer
-            given = [
-                f"teacher.model={shared / 'teachers/stories260k'}",
-                f"data.source={shared / 'corpora/tinystories/valid.txt'}",
-                f"save.dir={out}",
-                f"layers.mixer={mixer}",
+            given = [f"teacher.model={teacher}", f"data.source={source}", f"save.dir={out}", f"layers.mixer={mixer}"]
+            given += [
                 f"mixers.{mixer}={options}",
-                "stages.calibrate.tokens=2k",
-                "stages.align.tokens=6k",
-                "stages.glue.tokens=6k",
                 "data.seq_len=128",
                 "engine.device=cpu",
-                *changes,
+                "stages.calibrate.tokens=2k",
             ]
+            given += [f"stages.{stage}" for stage in ("calibrate.tokens=2k", "align.tokens=6k", "glue.tokens=6k")]
+            given += changes
             runner.run(loader.load("convert", given))
             made[key] = out
         return made[key]

@@ -40,7 +40,7 @@ def test_a_real_conversion(real_conversion, measured):
         error = float((theirs(ids, use_cache=False).logits - expected).abs().max() / expected.std())
     measured(error)
     assert error < 1e-4
-    made = [model.generate(ids, max_new_tokens=6, do_sample=False).tolist() for model in (ours, theirs)]
+    made = [model.generate(ids, max_new_tokens=3, do_sample=False).tolist() for model in (ours, theirs)]
     assert made[0] == made[1]
 
 
