@@ -108,9 +108,10 @@ class Format:
 
     @property
     def recipe(self) -> str:
-        """The options that make the pair exact, as a recipe holds them."""
+        """The options that make the pair exact, where they are not the mixer's defaults, as a recipe holds them."""
         values = {demand.option: demand.values[0] for demand in self.demands} | dict(self.choose)
-        plain = ", ".join(f"{name}: {_yaml(value)}" for name, value in values.items())
+        usual = registry.spec(self.mixer).options().to_dict()
+        plain = ", ".join(f"{name}: {_yaml(value)}" for name, value in values.items() if usual[name] != value)
         return f"mixers: {{{self.mixer}: {{{plain}}}}}"
 
 
