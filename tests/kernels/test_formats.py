@@ -24,15 +24,15 @@ CASES = [
 ]
 
 
-def test_a_real_conversion(real_conversion, measured, monkeypatch):
-    """stories260k with every layer GLA as it was published: the probabilities of a text, and greedy decoding."""
+@pytest.mark.parametrize(("name", "options"), [("fla-gla", {**GLA, "gate": "silu"}), ("fla-gated_deltanet", GDN)])
+def test_a_real_conversion(name, options, real_conversion, measured, monkeypatch):
+    """stories260k with every layer converted: the probabilities of a text, and greedy decoding."""
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setenv("RELINEAR_KERNELS", "torch")  # interpreted kernels are for checks, not for a run
-    plain = ", ".join(f"{key}: {str(value).lower()}" for key, value in {**GLA, "gate": "silu"}.items())
-    run = real_conversion("gla", f"{{{plain}}}")
-    folder, record = export_as(run, "fla-gla")
-    assert record["notes"] == []
+    plain = ", ".join(f"{key}: {str(value).lower()}" for key, value in options.items())
+    run = real_conversion(FORMATS[name].mixer, f"{{{plain}}}")
+    folder, _ = export_as(run, name)
     ours, tokenizer = load_model(run / "export")
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = tokenizer("Once upon a time, there was a little girl.", return_tensors="pt")["input_ids"]
