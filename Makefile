@@ -2,6 +2,7 @@
 # make test         install with the development tools and run the tests
 # make test-oldest  the lowest transformers that pyproject.toml allows: what touches its interface
 # make test-kernels in an environment of its own: other projects' fused kernels against ours, on the CPU
+# make test-doors   in an environment of its own: llama.cpp, bitsandbytes and torchao on exported students
 # make lint         format check, lint and types
 # make docs         build the documentation's site into build/site, warnings as errors
 # make install      the virtual environment alone
@@ -13,14 +14,16 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 KERNELS ?= $(VENV)-kernels
 OLDEST ?= $(VENV)-oldest
+DOORS  ?= $(VENV)-doors
+LLAMA_CPP_PYTHON = 0.3.36
 PURELIB = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-slow test-oldest test-kernels lint format docs clean
+.PHONY: help install install-dev quickstart test test-slow test-oldest test-kernels test-doors lint format docs clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 9
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 10
 
 # The stamps make a second `make` start at once; a change of the pins or of the dependencies installs again.
 install: $(VENV)/.installed
@@ -75,6 +78,26 @@ $(KERNELS)/.installed: pyproject.toml constraints-kernels.txt
 test-kernels: $(KERNELS)/.installed
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(KERNELS)/bin/python -m pytest -n 2 -m kernels -rs tests/kernels $(ARGS)
 
+# What else runs or shrinks a student. It sees the packages of $(VENV) behind its own; torchao talks on stderr wherever
+# it is installed, so it never shares an environment with the other tests. llama.cpp's converter is in no wheel: it comes
+# with llama-cpp-python's source, which is not built.
+$(DOORS)/.installed: constraints-doors.txt $(VENV)/.installed-dev
+	$(BIN)/python -m venv --without-pip $(DOORS)
+	$(BIN)/python -m pip --python $(DOORS)/bin/python install --quiet --disable-pip-version-check --no-deps \
+		-r constraints-doors.txt
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" >"$$($(DOORS)/bin/python $(PURELIB))/outer.pth"
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
+		--dest $(DOORS)/source llama-cpp-python==$(LLAMA_CPP_PYTHON)
+	mkdir -p $(DOORS)/llama.cpp
+	tar xzf $(DOORS)/source/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz -C $(DOORS)/llama.cpp --strip-components=3 \
+		--wildcards '*/vendor/llama.cpp/convert_hf_to_gguf.py' '*/vendor/llama.cpp/conversion' \
+		'*/vendor/llama.cpp/gguf-py' '*/vendor/llama.cpp/LICENSE'
+	rm -r $(DOORS)/source
+	@touch $@
+
+test-doors: $(DOORS)/.installed
+	OMP_NUM_THREADS=1 LLAMA_CPP=$(DOORS)/llama.cpp $(DOORS)/bin/python -m pytest -n 2 -m doors -rs tests/doors $(ARGS)
+
 lint: install install-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -90,4 +113,4 @@ docs: install install-dev
 	@echo "Read it: build/site/index.html"
 
 clean:
-	rm -rf $(VENV) $(KERNELS) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(KERNELS) $(OLDEST) $(DOORS) build dist *.egg-info .pytest_cache .ruff_cache

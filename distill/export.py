@@ -271,7 +271,7 @@ def _export(
         used = sorted({name for name in config.mixer_types if name})
         for name, text in modelling_files(family, used).items():
             (folder / name).write_text(text, encoding="utf-8")
-        _copy_teacher_files(teacher_folder, folder)
+        copy_teacher_files(teacher_folder, folder)
         _write_config(folder, dtype)
         for name, content in (extra or {}).items():
             if isinstance(content, Path):
@@ -329,7 +329,8 @@ def _write_config(folder: Path, dtype: str) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _copy_teacher_files(source: Path, folder: Path) -> None:
+def copy_teacher_files(source: Path, folder: Path) -> None:
+    """Tokenizer, generation settings and licence, byte for byte."""
     for name in _TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)

@@ -29,7 +29,7 @@ class DeltaRule(AttentionMixer):
 
     def __init__(self, geometry: Geometry, options: Any, layer_idx: int, num_layers: int, first: bool) -> None:
         super().__init__(geometry, options, layer_idx, num_layers, first)
-        self.b_proj = nn.Linear(geometry.hidden_size, geometry.num_heads)
+        self.b_proj = nn.Linear(geometry.hidden_size, geometry.num_heads, bias=getattr(options, "beta_bias", True))
         if options.out_norm == "none":
             self.q_scale = nn.Parameter(torch.empty(geometry.num_heads))
 
@@ -67,6 +67,8 @@ class DeltaRule(AttentionMixer):
         q = unit(q) if options.unit_q else wide(q) * self.geometry.query_scale
         if options.out_norm == "none":
             q = q * self.q_scale[:, None]
+        elif options.unit_q:  # the norm undoes any scale but for its epsilon, before which this is the published one
+            q = q * self.geometry.query_scale
         chunk = chunk_length(self.geometry.head_dim, options.chunk)
         heads = (q, self.repeat(unit(k)), self.repeat(v), *self.gates(x))
         return run(self.op, options.form, chunk, *heads, where=inputs, state=state)

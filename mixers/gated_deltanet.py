@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.functional import silu
 
 from .deltanet import DeltaRule
 from .rates import bounded_decay, inverse_softplus, spread_rates
@@ -38,10 +39,21 @@ class GatedDeltaNet(DeltaRule):
             return inverse_softplus(spread_rates(row.shape[0], self.options.half_life_min, self.options.half_life_max))
         return super().initial(row, generator)
 
+    def knobs(self) -> dict[str, tuple[float, ...]]:
+        """See the base class: no write strength where nothing but the token decides it."""
+        found = super().knobs()
+        return (
+            found if self.options.beta_bias else {name: values for name, values in found.items() if name != "strength"}
+        )
+
     def set_rates(self, rates: torch.Tensor) -> None:
         """See the base class."""
         self.A_log.zero_()
         self.dt_bias.copy_(inverse_softplus(rates))
+
+    def activated(self, x: torch.Tensor) -> torch.Tensor:
+        """See the base class."""
+        return silu(x) if self.options.activation == "silu" else x
 
     def gates(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See the base class: log-decay and write strength, both (B, T, H)."""

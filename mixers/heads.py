@@ -99,9 +99,10 @@ class AttentionMixer(Mixer):
         super().__init__(geometry, options, layer_idx, num_layers, first)
         inner, hidden = geometry.inner_size, geometry.hidden_size
         kv_size = inner if options.expand_kv else geometry.kv_size
-        self.q_proj = nn.Linear(hidden, inner, bias=geometry.qkv_bias)
-        self.k_proj = nn.Linear(hidden, kv_size, bias=geometry.qkv_bias)
-        self.v_proj = nn.Linear(hidden, kv_size, bias=geometry.qkv_bias)
+        biases = geometry.qkv_bias and options.qkv_bias
+        self.q_proj = nn.Linear(hidden, inner, bias=biases)
+        self.k_proj = nn.Linear(hidden, kv_size, bias=biases)
+        self.v_proj = nn.Linear(hidden, kv_size, bias=biases)
         self.o_proj = nn.Linear(inner, hidden, bias=geometry.o_bias)
         if geometry.qk_norm:
             sizes = {"head": (geometry.head_dim, geometry.head_dim), "full": (inner, kv_size)}[geometry.qk_norm]
@@ -173,6 +174,8 @@ class AttentionMixer(Mixer):
             value[:, -1] = 1.0
         elif row.name == "out_norm.weight":
             value.fill_(1.0)
+        elif row.name == "g_proj.weight" and self.options.gate == "silu":
+            value.normal_(0.0, row.shape[1] ** -0.5, generator=generator)
         elif row.name == "window_mix":
             value.fill_(math.log(self.options.window_share / (1 - self.options.window_share)))
         return value
@@ -283,6 +286,10 @@ class AttentionMixer(Mixer):
         """The bare projections to queries, keys and values, (B, T, heads * d), of the layer input."""
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
+    def activated(self, x: torch.Tensor) -> torch.Tensor:
+        """What a mixer makes of queries, keys and values alike, (B, T, heads * d), before norms: nothing, here."""
+        return x
+
     def project(
         self, x: torch.Tensor, inputs: MixerInputs, taps: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, State]:
@@ -301,7 +308,7 @@ class AttentionMixer(Mixer):
             sizes = [part.shape[-1] for part in parts]
             mixed, buffer = short_conv(torch.cat(parts, -1), self.conv, taps, inputs.padding, inputs.segments)
             parts, buffers = mixed.split(sizes, -1), (buffer,)
-        q, k, v = parts
+        q, k, v = map(self.activated, parts)
         if self.geometry.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.unflatten(-1, (-1, self.geometry.head_dim)) for part in (q, k, v))
@@ -355,6 +362,8 @@ class AttentionMixer(Mixer):
             gate = self.g_proj(x)
             if kind == "gated_rms":
                 o = o * silu(gate + SILU_ONE)
+            elif self.options.gate == "silu":
+                o = o * silu(gate)
             else:
                 o = o * (gate.sigmoid() * (2 if self.options.gate == "identity" else 1))
         return self.o_proj(o)

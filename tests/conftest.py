@@ -259,3 +259,63 @@ def qwen2(make_teacher: Callable[..., Path]) -> Path:
 def qwen3(make_teacher: Callable[..., Path]) -> Path:
     """A tiny qwen3 teacher: norms on queries and keys, head_dim 16 at width 32 with 4 heads."""
     return make_teacher("qwen3")
+
+
+@pytest.fixture
+def scattered(tmp_path: Path) -> Callable[..., Path]:
+    """scattered(teacher, mixer, options) -> export of a conversion in which every new parameter is moved at random."""
+
+    import torch
+
+    from relinear.distill.export import export_student
+    from relinear.distill.student import assemble, transfer
+    from relinear.distill.teacher import load_teacher
+
+    def build(teacher: Path, mixer: str, options: dict[str, Any]) -> Path:
+        loaded = load_teacher(teacher)
+        mixers, _ = transfer(loaded, dict.fromkeys(range(loaded.num_layers), (mixer, options)))
+        student = assemble(loaded, mixers)
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for module in mixers.values():
+                for row in module.table():
+                    if row.source == "new":
+                        value = module.get_parameter(row.name)
+                        value.add_(torch.randn(value.shape, generator=generator) * (0.06 if value.dim() > 1 else 0.2))
+        return export_student(student, teacher, tmp_path / f"{mixer}-export")
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def real_conversion(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """real_conversion(mixer, options, *changes) -> the run of a short conversion of all layers of stories260k.
+
+    `changes` are the recipe's; `teacher="embedded"` takes the teacher and the text that come with the package.
+    """
+    made: dict[str, Path] = {}
+
+    from relinear.recipes import loader, runner
+
+    def convert(mixer: str, options: str, *changes: str, teacher: str = "stories260k") -> Path:
+        key = f"{mixer} {options} {changes} {teacher}"
+        if key not in made:
+            source = teacher
+            if teacher != "embedded":
+                shared = request.getfixturevalue("shared")
+                teacher, source = f"{shared}/teachers/{teacher}", f"{shared}/corpora/tinystories/valid.txt"
+            out = tmp_path_factory.mktemp("runs") / mixer
+            given = [f"teacher.model={teacher}", f"data.source={source}", f"save.dir={out}", f"layers.mixer={mixer}"]
+            given += [
+                f"mixers.{mixer}={options}",
+                "data.seq_len=128",
+                "engine.device=cpu",
+                "stages.calibrate.tokens=2k",
+            ]
+            given += [f"stages.{stage}" for stage in ("calibrate.tokens=2k", "align.tokens=6k", "glue.tokens=6k")]
+            given += changes
+            runner.run(loader.load("convert", given))
+            made[key] = out
+        return made[key]
+
+    return convert

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ...distill.errors import RunFailed, UserError
+from ...distill.formats.pairs import FORMATS
 from ...distill.run_folder import RECORD
 from ..output import data, data_json, next_command, only_talk, table, talk
 from .common import Json, examples
@@ -49,6 +50,7 @@ def register(app: typer.Typer) -> None:
             "relinear export runs/mine",
             "relinear export runs/mine --stage glue --step 1200 --dtype bfloat16",
             "relinear export runs/mine --step last --out models/mine --max-shard-size 2GB",
+            "relinear export runs/mine --format rwkv6qwen2",
             then="relinear verify runs/mine/export",
         )
     )(export)
@@ -89,6 +91,15 @@ def export(
             show_default=False,
         ),
     ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"A published architecture's own: {', '.join(FORMATS)}; to RUN/exports/NAME. RUN may then be an "
+            "exported folder.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights; decays stay float32.")] = Dtype.FLOAT32,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Most bytes of a weight file.")] = "5GB",
     overwrite: Annotated[
@@ -100,10 +111,16 @@ def export(
 
     The folder holds weights in shards, config, modelling files, the teacher's tokenizer, chat template, generation
     settings and licence, the recipe without places of this machine, and a model card.
+
+    With --format the student is written as a published architecture, for what runs that; where its mixer's options
+    make the two differ, they are named.
     """
+    number = _step(step)
+    if format is not None:
+        _export_as(run, format, number, out, stage, dtype, overwrite, max_shard_size, json)
+        return
     from ...distill.export import export as work
 
-    number = _step(step)
     with only_talk():
         folder = work(run, number, out, stage=stage, dtype=dtype, overwrite=overwrite, max_shard_size=max_shard_size)
     if json:
@@ -111,6 +128,33 @@ def export(
     else:
         data(str(folder))
     next_command(f"relinear verify {folder}")
+
+
+def _export_as(
+    run: Path,
+    name: str,
+    step: str | int,
+    out: Path | None,
+    stage: str | None,
+    dtype: Dtype,
+    overwrite: bool,
+    max_shard_size: str,
+    json: bool,
+) -> None:
+    """Write it in a published format, and say how to go on."""
+    from ...distill.formats.run import export_as
+
+    with only_talk():
+        folder, record = export_as(
+            run, name, step, out, stage=stage, dtype=dtype, overwrite=overwrite, max_shard_size=max_shard_size
+        )
+    for note in record["notes"]:
+        talk(f"Not exact for certain: {note}")
+    if json:
+        data_json({"export": str(folder), **record})
+    else:
+        data(str(folder))
+    talk(f"Next: {FORMATS[name].next.format(folder=shlex.quote(str(folder)))}")
 
 
 def _step(step: str) -> str | int:

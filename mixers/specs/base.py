@@ -252,6 +252,8 @@ class MixerSpec:
     @staticmethod
     def drops(geometry: Geometry, options: Any) -> tuple[str, ...]:
         """The attention's tensors that transfer leaves behind on purpose, by name; any other must have a row."""
+        if geometry.qkv_bias and not getattr(options, "qkv_bias", True):
+            return tuple(f"{part}_proj.bias" for part in "qkv")
         return ()
 
     @staticmethod

@@ -13,6 +13,12 @@ from .heads import HEADS, head_bytes, head_rows, output_rows
 class GatedDeltaNetOptions(DeltaOptions):
     """Options of `gated_deltanet`."""
 
+    activation: str = option(
+        "none",
+        "what queries, keys and values pass after projection and convolution: nothing, or silu (the paper)",
+        choices=("none", "silu"),
+    )
+    beta_bias: bool = option(True, "the write strength has a bias, which `beta` sets (the paper: false)")
     half_life_min: float = option(2.0, "tokens after which the fastest head has forgotten half", low=1.0, high=1e6)
     half_life_max: float = option(1024.0, "tokens after which the slowest head has forgotten half", low=1.0, high=1e7)
 
@@ -41,7 +47,8 @@ class GatedDeltaNetSpec(MixerSpec):
             TensorSpec("A_log", (heads,), "new", "0", fp32=True),
             TensorSpec("dt_bias", (heads,), "new", f"half-lives log-uniform over heads, {span}", fp32=True),
         ]
-        return rows + delta_rows(geometry, options) + output_rows(geometry, options)
+        strength = [row for row in delta_rows(geometry, options) if options.beta_bias or row.name != "b_proj.bias"]
+        return rows + strength + output_rows(geometry, options)
 
     @staticmethod
     def flops_per_token(geometry: Geometry, options: GatedDeltaNetOptions) -> int:

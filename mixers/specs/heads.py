@@ -16,6 +16,9 @@ class HeadOptions(MixerOptions):
     rope: bool = option(True, "rotate queries and keys as the attention did")
     expand_kv: bool = option(False, "give every query head keys and values of its own instead of sharing in groups")
     conv: int = option(0, "taps of a causal depthwise convolution on q, k and v; 0: none", low=0, high=8)
+    qkv_bias: bool = option(
+        True, "carry the biases of the attention's q, k and v projections; false leaves them behind, where it has such"
+    )
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,9 @@ class GatedOptions(WindowOptions):
 
     gate: str = option(
         "identity",
-        "output gate: 2 sigmoid(x W), one at the start; sigmoid(x W), a half at the start; or none",
-        choices=("identity", "sigmoid", "none"),
+        "output gate: 2 sigmoid(x W), one at the start; sigmoid(x W), a half at the start; silu(x W) of a random W, as "
+        "GLA and Gated DeltaNet were published; or none",
+        choices=("identity", "sigmoid", "silu", "none"),
     )
     out_norm: str = option(
         "none",
@@ -48,6 +52,8 @@ class GatedOptions(WindowOptions):
         """See the base class."""
         if self.out_norm == "gated_rms" and self.gate == "none":
             return ["out_norm: gated_rms needs the gate's projection; set gate: identity, or out_norm: rms"]
+        if self.out_norm == "gated_rms" and self.gate == "silu":
+            return ["out_norm: gated_rms has a silu gate of its own, shifted to be one at the start; set out_norm: rms"]
         return []
 
 
@@ -92,7 +98,7 @@ def head_rows(geometry: Geometry, options: HeadOptions) -> list[TensorSpec]:
     rows = []
     for part, width in (("q", inner), ("k", kv), ("v", kv)):
         rows.append(row(f"{part}_proj.weight", (width, hidden)))
-        if geometry.qkv_bias:
+        if geometry.qkv_bias and options.qkv_bias:
             rows.append(row(f"{part}_proj.bias", (width,)))
     rows.append(row("o_proj.weight", (hidden, inner)))
     if geometry.o_bias:
@@ -118,7 +124,11 @@ def output_rows(geometry: Geometry, options: GatedOptions) -> list[TensorSpec]:
     """The rows of the window, the gate and the output norm."""
     inner, rows = geometry.inner_size, window_rows(geometry, options)
     if options.gate != "none":
-        start = {"identity": "0: the gate is 1", "sigmoid": "0: the gate is a half"}[options.gate]
+        start = {
+            "identity": "0: the gate is 1",
+            "sigmoid": "0: the gate is a half",
+            "silu": "normal of standard deviation D^(-1/2)",
+        }[options.gate]
         start = "0: the gate is 1" if options.out_norm == "gated_rms" else start
         rows.append(TensorSpec("g_proj.weight", (inner, geometry.hidden_size), "new", start))
     if options.out_norm in ("rms", "gated_rms"):

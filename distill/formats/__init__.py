@@ -1,0 +1,1 @@
+"""Published architectures: which students they can express, and students written in their own formats."""
