@@ -36,7 +36,9 @@ def recorded(
     for start, stop in [(0, alone)] * (alone > 0) + [(t, t + 1) for t in range(alone, length)]:
         if state is not None and stop - start == 1:
             state = tuple(part.clone() for part in state)
-        cut = (x[:, start:stop] if isinstance(x, torch.Tensor) and x.dim() > 2 else x for x in inputs)
+        cut = inputs
+        if stop - start < length:
+            cut = (x[:, start:stop] if isinstance(x, torch.Tensor) and x.dim() > 2 else x for x in inputs)
         here = MixerInputs(None if where.padding is None else where.padding[:, start:stop])
         output, state = call(*cut, where=here, state=state)
         outputs.append(output)
@@ -44,7 +46,7 @@ def recorded(
             states.append(state)
     for versions in zip(*states, strict=True):
         where.note(list(versions))
-    return torch.cat(outputs, 1), states[-1]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), states[-1]
 
 
 def convolve(
@@ -53,6 +55,14 @@ def convolve(
     """`short_conv` under the padding and borders of `where`, which notes the buffers if they are to be recorded."""
     if not where.record:
         return short_conv(x, taps, buffer, where.padding, where.segments)
+    if where.padding is None:
+        out, kept = short_conv(x, taps, buffer, None, where.segments)
+        past, length = kept.shape[1], x.shape[1]
+        before = torch.zeros_like(kept) if buffer is None else buffer.to(kept.dtype)
+        line = torch.cat([before, x.to(kept.dtype)], 1)
+        ends = range(max(0, length - where.record) + 1, length)
+        where.note([*(line[:, end : end + past].clone() for end in ends), kept])
+        return out, kept
 
     def call(x: torch.Tensor, where: MixerInputs, state: State | None) -> tuple[torch.Tensor, State]:
         out, kept = short_conv(x, taps, None if state is None else state[0], where.padding, where.segments)
