@@ -379,14 +379,14 @@ def test_another_vocabulary_is_one_message(make_teacher: Any, capsys: pytest.Cap
 def test_two_hundred_prompts(shared: Path, tmp_path: Path) -> None:
     """A real teacher and a conversion of it that has trained for a moment: the teacher's very tokens, in fp32."""
     from relinear.eval.bench_draft import prompts_of
-    from relinear.recipes import loader, runner
+    from relinear.recipes import runner
 
     folder, text = shared / "teachers" / "stories260k", shared / "corpora" / "tinystories"
     given = [
         f"teacher.model={folder}", f"data.source={text / 'train.txt'}", f"save.dir={tmp_path / 'run'}",
         "stages.align.tokens=50k", "stages.glue.tokens=50k", "eval.every=null",
     ]  # fmt: skip
-    runner.convert(loader.load("gated_deltanet", given))
+    runner.convert("gated_deltanet", given)
     (target, tokenizer), (draft, _) = load_model(folder), load_model(tmp_path / "run" / "export")
     settings = Settings(tokens=32, prompts=200)
     row = measure_length(target, draft, prompts_of(tokenizer, [str(text / "valid.txt")], 24, settings, 512), settings)
