@@ -58,7 +58,7 @@ $(OLDEST)/.installed: pyproject.toml $(VENV)/.installed-dev
 	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" >"$$($(OLDEST)/bin/python $(PURELIB))/outer.pth"
 	@touch $@
 
-OLDEST_TESTS := $(addprefix tests/integration/test_,student.py families.py export.py kept.py hybrid.py attention.py swa.py)
+OLDEST_TESTS := $(addprefix tests/integration/test_,student.py families.py export.py kept.py hybrid.py attention.py swa.py draft.py)
 
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 $(OLDEST_TESTS) $(ARGS)

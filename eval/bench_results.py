@@ -1,10 +1,10 @@
-"""`bench.json`: what `bench model` measured, kept length by length beside a model's other results, and its plots."""
+"""`bench.json` and `draft.json`: what `bench model` and `bench draft` measured, kept length by length."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from . import store
 from .models import Models
 
 NAME = "bench"
+DRAFT = "draft"
 
 
 def bench(
@@ -96,3 +97,67 @@ def bench(
     elif before is not None:
         place.put(NAME, before)  # the newest again, if another stood in its place
     return store.read(place.path(NAME)) or {}
+
+
+def bench_draft(
+    models: Models,
+    lengths: Iterable[int],
+    settings: Any,
+    folder: Path,
+    *,
+    text: Sequence[str] | None = None,
+    hint: str,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measure a draft ("student") of a target ("teacher"), and keep every length as it is done.
+
+    Args:
+        models: both checkpoints.
+        lengths: tokens of prompt.
+        settings: `bench_draft.Settings`.
+        folder: a model's results folder.
+        text: files to cut prompts from; None for random tokens.
+        hint: what to do where their vocabularies differ.
+        progress: called with lines.
+
+    Returns:
+        What draft.json then holds: what every result file does, "machine", "shared" (fields of `distill.draft.Shared`)
+        and "lengths": rows of `bench_draft.measure_length`.
+
+    Raises:
+        UserError: as loading the models does; other vocabularies; too little text.
+    """
+    import torch
+
+    from ..distill.draft import share_equal
+    from .bench_draft import measure
+    from .bench_model import machine
+    from .fidelity import check_same_vocabulary
+
+    draft, target = models.get("student"), models.get("teacher")
+    check_same_vocabulary(str(models.names["student"]), str(models.names["teacher"]), draft, target, hint)
+    shared = dataclasses.asdict(share_equal(draft[0], target[0]))
+    about = machine(torch.device(models.place))
+    given = dataclasses.asdict(settings) | {"dtype": models.dtype, "text": list(text or [])}
+    checkpoints = {side: models.digest(side) for side in ("student", "teacher")}
+    used, begin, place = store.versions(), time.perf_counter(), store.Store(folder)
+    wanted = sorted(set(lengths))
+    key = store.result_key(DRAFT, checkpoints, given | {"lengths": wanted}, about, used)
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        result = {
+            "suite": DRAFT,
+            "models": models.names,
+            "checkpoints": checkpoints,
+            "settings": given,
+            "versions": used,
+            "seconds": round(time.perf_counter() - begin, 2),
+            "key": key,
+            "machine": about,
+            "shared": shared,
+            "lengths": rows,
+        }
+        place.put(DRAFT, result)
+
+    measure(target[0], draft[0], target[1], wanted, settings, text=text, keep=keep, progress=progress)
+    return store.read(place.path(DRAFT)) or {}

@@ -239,13 +239,17 @@ def vocabulary_hash(tokenizer: Any) -> str:
 _PROBE = 'Once upon a time, 1,024 naïve foxes\tsaid: "Don\'t panic!"\n\n  def f(x):  # 3.14 日本 é'
 
 
-def check_same_vocabulary(student: str, teacher: str, ours: tuple[Any, Any], theirs: tuple[Any, Any]) -> None:
-    """Refuse two (model, tokenizer) pairs, named as given, whose figures per token do not compare.
+_COMPARE = "compare models of one family, e.g. an export with the teacher it was made from"
+
+
+def check_same_vocabulary(
+    student: str, teacher: str, ours: tuple[Any, Any], theirs: tuple[Any, Any], hint: str = _COMPARE
+) -> None:
+    """Refuse two (model, tokenizer) pairs, named as given, whose tokens are not the same.
 
     Raises:
-        UserError: their tokenizers or vocabularies differ.
+        UserError: their tokenizers or vocabularies differ; it ends with `hint`.
     """
-    hint = "compare models of one family, e.g. an export with the teacher it was made from"
     first, second = (tokenizer for _, tokenizer in (ours, theirs))
     if vocabulary_hash(first) != vocabulary_hash(second):
         sizes = f"{len(first)} and {len(second)} tokens, BOS {first.bos_token_id} and {second.bos_token_id}"

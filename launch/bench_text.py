@@ -174,3 +174,44 @@ def _cache_note(side: str, row: dict[str, Any]) -> list[str]:
     if planned in (None, found):
         return []
     return [f"{side}, {context_name(row['length'])}: the plan says {bytes_name(planned)} of cache"]
+
+
+def draft_line(drafted: dict[str, Any], rate: float | None) -> str:
+    """What drafting did in one generation, and what the two models hold once.
+
+    Args:
+        drafted: the "draft" of `generate --json`.
+        rate: tokens per second behind the prompt, None where there were none.
+    """
+    speed = "" if rate is None else f", {rate:.1f} tokens/s"
+    return (
+        f"draft: {drafted['accepted']} of {drafted['drafted']} tokens accepted in {drafted['verifications']} "
+        f"verifications, {drafted['accepted_per_verification']:.2f} each{speed}; shared: "
+        f"{bytes_name(drafted['shared_bytes'])} of the draft's {bytes_name(drafted['draft_bytes'])} "
+        f"({drafted['shared_tensors']} tensors)"
+    )
+
+
+def draft_text(result: dict[str, Any]) -> str:
+    """The result of `bench draft`: a line per length, and what the two models hold once."""
+    rows = []
+    for row in result["lengths"]:
+        rates = [f"{row[side]['decode_tokens_per_second']:.1f}" for side in ("target", "drafted")]
+        ratios = [
+            f"{row[name]:.2f} ({row[name + '_min']:.2f} to {row[name + '_max']:.2f})"
+            for name in ("speed_up", "speed_up_whole")
+        ]
+        same = f"{row['identical']}/{row['prompts']}" + (f", {row['ties']} ties" if row["ties"] else "")
+        length = context_name(row["length"]) + ("*" if row["beyond_context"] else "")
+        accepted = f"{row['accepted_per_verification']:.2f}"
+        rows.append((length, accepted, f"{row['acceptance']:.2f}", *rates, *ratios, same))
+    header = ("tokens", "accepted", "share", "target/s", "drafted/s", "speed-up", "with prompt", "identical")
+    shared = result["shared"]
+    lines = [
+        table(rows, header),
+        f"shared: {shared['tensors']} tensors, {bytes_name(shared['bytes'])} of the draft's "
+        f"{bytes_name(shared['draft_bytes'])}; the target has {bytes_name(shared['target_bytes'])}",
+    ]
+    if any(row["beyond_context"] for row in result["lengths"]):
+        lines.append("* beyond the context that the target was made for: its speed, not its sense")
+    return "\n\n".join(lines)

@@ -27,15 +27,39 @@ class MixerInputs:
             the keyword by which decoder layers hand it on has changed its name in transformers more than once, and a
             mixer that missed it would start anew at every token.
         shared: values that one layer hands to later ones in the same forward (RWKV-7's `v_first`).
+        record: the states after each of so many last tokens are wanted, so that tokens can be taken back; 0 for the
+            state after the last one alone.
     """
 
     def __init__(
-        self, padding: torch.Tensor | None = None, segments: torch.Tensor | None = None, cache: Any = None
+        self,
+        padding: torch.Tensor | None = None,
+        segments: torch.Tensor | None = None,
+        cache: Any = None,
+        record: int = 0,
     ) -> None:
         self.padding = padding
         self.segments = segments
         self.cache = cache
+        self.record = record
         self.shared: dict[str, torch.Tensor] = {}
+        self._versions: dict[int, list[torch.Tensor]] = {}
+
+    def note(self, versions: list[torch.Tensor]) -> None:
+        """Record a tensor of a state as it was after each of the last tokens; the last of `versions` is that tensor."""
+        self._versions[id(versions[-1])] = versions
+
+    def history(self, state: State, tokens: int) -> list[State]:
+        """The states after each of the last `record` of `tokens` tokens, the last being `state`; forgets them.
+
+        Raises:
+            RuntimeError: a tensor of the state was not noted.
+        """
+        try:
+            versions = [self._versions.pop(id(part)) for part in state]
+        except KeyError:
+            raise RuntimeError("a mixer made a state that was not recorded: use kernels.run and recorded.py") from None
+        return list(zip(*versions, strict=True)) if state else [()] * min(self.record, tokens)
 
 
 class Mixer(nn.Module):
@@ -186,6 +210,8 @@ class Mixer(nn.Module):
         layer = inputs.cache.layers[self.layer_idx] if inputs.cache is not None else None
         state = layer.read() if layer is not None else None
         output, state = self.mix(hidden_states, position_embeddings, inputs, state)
-        if layer is not None:
+        if layer is not None and inputs.record:
+            layer.record(inputs.history(state, hidden_states.shape[1]), hidden_states.shape[1])
+        elif layer is not None:
             layer.write(state, hidden_states.shape[1])
         return output, None

@@ -13,8 +13,8 @@ from .base import Mixer, MixerInputs, State
 from .calibration import REACH, SPREAD, STRENGTH, AttentionStats, channel_rates, entropy_strength, head_rates
 from .kernels import run
 from .ops.chunks import compute_dtype
-from .ops.short_conv import short_conv
 from .ops.window import OP as WINDOW
+from .recorded import convolve
 from .specs.base import Geometry, TensorSpec
 from .specs.heads import GatedOptions, WindowOptions
 
@@ -306,7 +306,7 @@ class AttentionMixer(Mixer):
         parts, buffers = self.projected(x), ()
         if self.options.conv:
             sizes = [part.shape[-1] for part in parts]
-            mixed, buffer = short_conv(torch.cat(parts, -1), self.conv, taps, inputs.padding, inputs.segments)
+            mixed, buffer = convolve(torch.cat(parts, -1), self.conv, taps, inputs)
             parts, buffers = mixed.split(sizes, -1), (buffer,)
         q, k, v = map(self.activated, parts)
         if self.geometry.qk_norm == "full":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from .errors import KernelMissing, KernelRefused
 from .ops.check import LIMITS, verdict
 from .ops.fused import KERNELS, LIBRARIES, Call, Kernel, Refusal, missing
 from .ops.op import Op
+from .recorded import recorded
 
 SHORT = 4
 """Up to so many tokens, going step by step costs less than cutting chunks in plain torch."""
@@ -53,8 +55,9 @@ def run(
         form: the mixer's option.
         chunk: tokens per chunk in plain torch; None for the recurrence's own choice.
         inputs: its arguments, as its forms take them; the first is a tensor (B, T, ...).
-        where: padding and document borders.
-        state: its tensors from the previous call. Without gradients a call of one token overwrites them.
+        where: padding, document borders and how many states to record.
+        state: its tensors from the previous call. Without gradients a call of one token overwrites them, unless states
+            are recorded.
 
     Returns:
         The output and the new state.
@@ -62,6 +65,8 @@ def run(
     Raises:
         KernelMissing, KernelRefused: see `choose`.
     """
+    if where.record:
+        return recorded(partial(run, op, form, chunk), inputs, where, state)
     past = None if state is None else state[0] if len(state) == 1 else state
     options = {"state": past, "padding": where.padding, "segments": where.segments}
     length = inputs[0].shape[1]

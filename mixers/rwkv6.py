@@ -10,8 +10,8 @@ from torch import nn
 from .base import MixerInputs, State
 from .heads import wide
 from .linear import ChannelAttention
-from .ops.short_conv import short_conv
 from .rates import LOG_DECAY_FLOOR
+from .recorded import convolve
 from .specs.base import Geometry, TensorSpec
 from .specs.rwkv6 import SHIFTED, RWKV6Options, RWKV6Spec, rank
 
@@ -84,7 +84,7 @@ class RWKV6(ChannelAttention):
         """The five inputs (5, B, T, D), each its own mix of the token and the one before, and the new last input."""
         taps = torch.stack([torch.ones_like(self.mu_x), torch.zeros_like(self.mu_x)], 1)
         full = wide(x)
-        before, last = short_conv(full, taps.detach(), last, inputs.padding, inputs.segments)
+        before, last = convolve(full, taps.detach(), last, inputs)
         step = before - full
         low = ((full + step * self.mu_x).to(x.dtype) @ self.mu1).tanh().unflatten(-1, (SHIFTED, -1))
         share = low.flatten(0, 1).transpose(0, 1) @ self.mu2 + self.mu[:, None]

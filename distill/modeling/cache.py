@@ -33,6 +33,9 @@ class MixerCacheLayer(LinearAttentionLayer, CacheLayerMixin):  # pyright: ignore
     It counts tokens (so that a model without any attention layer still knows its length), marks that it has a previous
     state (the stock layer does so for convolution states only) and follows batch repetition and selection. The states
     are fp32 tensors, batch first; they are replaced, not copied into, at every step.
+
+    After `activate_past_recording` it keeps the states of earlier tokens as well, and `crop` takes tokens back until
+    then: transformers' assisted generation does so with tokens that were drafted and not accepted.
     """
 
     is_sliding = False
@@ -42,6 +45,7 @@ class MixerCacheLayer(LinearAttentionLayer, CacheLayerMixin):  # pyright: ignore
         LinearAttentionLayer.__init__(self, number_of_states=1)
         self.states: tuple[torch.Tensor, ...] | None = None
         self.tokens = 0
+        self.past: list[tuple[int, tuple[torch.Tensor, ...] | None]] = []
         self.beside: CacheLayerMixin | None = None
 
     @property
@@ -57,12 +61,19 @@ class MixerCacheLayer(LinearAttentionLayer, CacheLayerMixin):  # pyright: ignore
         return self.states
 
     def write(self, states: tuple[torch.Tensor, ...], tokens: int) -> None:
-        """Take the states after `tokens` further tokens."""
+        """Take the states after `tokens` further tokens; those before them are not kept."""
+        self.past = []
         self.states = tuple(states)
         self.tokens += tokens
         self.has_previous_state[0] = True
         if self.states:
             self.device, self.dtype = self.states[0].device, self.states[0].dtype
+
+    def record(self, history: list[tuple[torch.Tensor, ...]], tokens: int) -> None:
+        """Take the states after each of the last of `tokens` further tokens, and keep those before them."""
+        past = self.past or [(self.tokens, self.states)]
+        self.write(history[-1], tokens)
+        self.past = past + list(enumerate(history, self.tokens - len(history) + 1))
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse keys and values: this layer has none.
@@ -86,26 +97,41 @@ class MixerCacheLayer(LinearAttentionLayer, CacheLayerMixin):  # pyright: ignore
 
     @property
     def is_croppable(self) -> bool:
-        """A recurrent state cannot be rolled back."""
-        return False
+        """Whether earlier states are kept."""
+        return self.record_past
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to forget tokens, except none at all.
+        """Take the last -`tokens_to_remove` tokens back, and forget the states before those that are left.
 
         Raises:
-            RuntimeError: a recurrent state cannot be rolled back.
+            RuntimeError: the state at that token was not recorded.
         """
-        if tokens_to_remove != 0:
-            raise RuntimeError("the state of a linear mixer cannot be cropped: it does not keep single tokens")
+        if tokens_to_remove != 0 and not self.record_past:
+            raise RuntimeError(
+                "the state of a linear mixer cannot be cropped: it does not keep single tokens. Call "
+                "activate_past_recording() on the cache before the tokens that may be taken back"
+            )
+        left = self.tokens + tokens_to_remove
+        kept = {self.tokens: self.states} | dict(self.past)
+        if tokens_to_remove > 0 or left not in kept:
+            raise RuntimeError(
+                f"a mixer's cache of {self.tokens} tokens cannot be cropped by {tokens_to_remove}: recorded are the "
+                f"states after {', '.join(map(str, sorted(kept)))} tokens"
+            )
+        self.states, self.tokens, self.past = kept[left], left, []
+        self.has_previous_state[0] = self.states is not None
 
     def reset(self) -> None:
         """Forget everything."""
-        self.states, self.tokens = None, 0
+        self.states, self.tokens, self.past = None, 0, []
         self.has_previous_state[0] = False
 
     def _map(self, change: Any) -> None:
-        if self.states is not None:
-            self.states = tuple(change(state) for state in self.states)
+        def changed(states: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...] | None:
+            return None if states is None else tuple(change(state) for state in states)
+
+        self.states = changed(self.states)
+        self.past = [(tokens, changed(states)) for tokens, states in self.past]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Follow beam search."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_recurrent_attention_mask, find_packed_sequence_indices
 
 from ...mixers.base import Mixer, MixerInputs
-from .cache import CACHE, install_layers
+from .cache import CACHE, MixerCacheLayer, install_layers
 from .config import family_view, geometry, is_first, mixer_plan
 from .kept import change_attention, kept_attention, kept_inputs, windows_of
 
@@ -56,7 +57,6 @@ def _initialise(module: Mixer) -> None:
 class StudentBase:
     """Shared by the backbone and the causal language model: both must know how a mixer is initialised."""
 
-    _is_stateful = True
     # Compiled decoding with a mixer's cache is not established.
     _can_compile_fullgraph = False
     # Servers that put their own attention in (vLLM, SGLang) know no mixer's state: let them refuse, not write nonsense.
@@ -123,11 +123,13 @@ def model_classes(
             inputs_embeds: torch.Tensor | None = None,
             use_cache: bool | None = None,
             cache: Any = None,
+            states_to_keep: int | None = None,
             **kwargs: Any,
         ) -> Any:
             """The family's forward, with a mixer's cache layers, padding and document borders seen to.
 
-            `cache` and `past_key_values` are two names of the same.
+            `cache` and `past_key_values` are two names of the same. A cache that records its past gets the states after
+            the last `states_to_keep` tokens of this call, by default after every one.
             """
             cache = past_key_values if cache is None else cache
             if not self.mixer_layers and self.kept_attention is None:
@@ -152,6 +154,9 @@ def model_classes(
                 cache = DynamicCache(config=self.config)
             if cache is not None:
                 install_layers(cache, self.mixer_layers, self.windows)
+            record = 0
+            if cache is not None and self.mixer_layers and cache.is_recording_past(self.mixer_layers[0]):
+                record = given.shape[1] if states_to_keep is None else states_to_keep
             seen = cache.get_seq_length() if cache is not None else 0
             arange = torch.arange(given.shape[1], device=given.device)[None] + seen
             positions = arange if position_ids is None else position_ids
@@ -173,7 +178,7 @@ def model_classes(
                 position_ids=positions,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
-                mixer_inputs=self._mixer_inputs(given, attention_mask, cache, positions),
+                mixer_inputs=self._mixer_inputs(given, attention_mask, cache, positions, record),
                 **{CACHE: cache},
                 **kwargs,
             )
@@ -198,6 +203,7 @@ def model_classes(
             attention_mask: torch.Tensor | dict | None,
             cache: Any,
             position_ids: torch.Tensor,
+            record: int,
         ) -> MixerInputs:
             """The cache, and padding and document borders by the rules that transformers applies to kept attention."""
             if isinstance(attention_mask, dict):
@@ -209,7 +215,7 @@ def model_classes(
                 segments = find_packed_sequence_indices(position_ids)
                 if segments is not None:
                     segments = segments.expand(given.shape[0], -1)
-            return MixerInputs(None if padding is None else padding.bool(), segments, cache)
+            return MixerInputs(None if padding is None else padding.bool(), segments, cache, record)
 
     class ForCausalLM(StudentBase, base_lm):  # pyright: ignore[reportGeneralTypeIssues]
         config_class = config_type
@@ -220,6 +226,25 @@ def model_classes(
             setattr(self, family.backbone, Model(config))
             self.post_init()
 
+        @wraps(base_lm.forward)
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            """The family's forward; of as many last tokens as logits are asked for, a recording cache gets the states.
+
+            A draft's verification asks for the logits of its tokens and of the one before, and may take any of them
+            back; who drafts takes back one token more than it drafted.
+            """
+            asked = kwargs.get("logits_to_keep")
+            if isinstance(asked, int) and asked > 0 and self._records(kwargs):
+                kwargs["states_to_keep"] = max(2, asked)
+            return super().forward(*args, **kwargs)
+
+        @staticmethod
+        def _records(given: dict[str, Any]) -> bool:
+            """Whether the cache among a forward's keywords keeps earlier states."""
+            caches = (given.get(name) for name in (CACHE, "past_key_values"))
+            layers = [layer for cache in caches if cache is not None for layer in cache.layers]
+            return any(isinstance(layer, MixerCacheLayer) and layer.record_past for layer in layers)
+
         def _prepare_cache_for_generation(
             self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
         ) -> Any:
@@ -228,6 +253,8 @@ def model_classes(
             if model_kwargs.get(CACHE) is not None:
                 backbone = getattr(self, family.backbone)
                 install_layers(model_kwargs[CACHE], backbone.mixer_layers, backbone.windows)
+                if generation_config.is_assistant:
+                    model_kwargs[CACHE].activate_past_recording()
             return made
 
         @staticmethod

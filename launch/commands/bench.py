@@ -12,7 +12,7 @@ from ...distill.errors import RunFailed, UserError
 from ...recipes.units import parse_count
 from ..bench_text import decode_text, methods_text, ops_text, train_text
 from ..output import data, data_json, next_command, only_talk, table, talk
-from . import bench_logits, bench_model
+from . import bench_draft, bench_logits, bench_model
 from .common import Json, check_source, examples
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def register(parent: typer.Typer) -> None:
     )(methods)
     bench_logits.register(app)
     bench_model.register(app)
+    bench_draft.register(app)
     parent.add_typer(app, name="bench")
 
 

@@ -77,7 +77,7 @@ def model(
     Student and teacher run in turns in one process; figures are medians over the turns, ratios are taken within a turn.
     Every length is stored when it is done: a run that was stopped goes on where it was.
     """
-    wanted, budget = _lengths(lengths), _bytes(memory)
+    wanted, budget = parse_lengths(lengths), _bytes(memory)
     import torch
 
     from ...eval.bench_model import Settings
@@ -114,7 +114,12 @@ def _predictor(models: Models) -> Callable[[str, int], int | None]:
     return predict
 
 
-def _lengths(text: str) -> list[int]:
+def parse_lengths(text: str) -> list[int]:
+    """The lengths of --lengths, ascending.
+
+    Raises:
+        UserError: not numbers, or below 2.
+    """
     try:
         found = sorted({parse_count(part.strip()) for part in text.split(",")})
     except ValueError as error:

@@ -17,6 +17,19 @@ Trust = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run code that a foreign model brings; relinear's own never need it."),
 ]
+DraftTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Tokens of every draft; by default 5 at first, then as many as acceptance suggests.",
+        show_default=False,
+    ),
+]
+DRAFT_HINT = (
+    "a draft needs the very tokens of its target: take an export that was made from it (relinear run RECIPE "
+    "teacher.model=TARGET) or a smaller model of its family, or generate without --draft"
+)
 Recipe = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name (relinear ls recipes) or a YAML file.")
 ]

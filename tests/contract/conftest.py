@@ -91,12 +91,17 @@ class FakeCache:
         def __init__(self) -> None:
             self.state: State | None = None
             self.tokens = 0
+            self.history: list[State] = []
 
         def read(self) -> State | None:
             return self.state
 
         def write(self, state: State, tokens: int) -> None:
             self.state, self.tokens = state, self.tokens + tokens
+
+        def record(self, history: list[State], tokens: int) -> None:
+            self.history = history
+            self.write(history[-1], tokens)
 
     def __init__(self, layers: int) -> None:
         self.layers = [FakeCache.Layer() for _ in range(layers)]
@@ -143,11 +148,12 @@ class Stack(torch.nn.Module):
         padding: torch.Tensor | None = None,
         segments: torch.Tensor | None = None,
         cache: FakeCache | None = None,
+        record: int = 0,
     ) -> torch.Tensor:
         if positions is None:
             positions = torch.arange(x.shape[1]).expand(x.shape[:2])
         rotary = self.rotary(positions, x.dtype)
-        inputs = MixerInputs(padding, segments, cache)
+        inputs = MixerInputs(padding, segments, cache, record)
         for layer in self.layers:
             x = x + layer(x, position_embeddings=rotary, mixer_inputs=inputs)[0]
         return x

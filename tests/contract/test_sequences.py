@@ -71,6 +71,45 @@ def test_cache_equals_no_cache_in_every_option(name, options, small, make_stack,
     close(pieces(stack, make_cache(2), x, [20, 1, 1, 2, 16]), stack(x), EXACT, "output")
 
 
+@torch.no_grad()
+def test_recorded_states_are_those_of_fewer_tokens(name, options, small, make_stack, make_cache, make_tokens, close):
+    """What a draft's verification goes back to: the state after each of the last tokens, and none before touched."""
+    stack = make_stack(name, options, small).double()
+    length = stack.beyond(20)
+    x = make_tokens(2, length + 7, small.hidden_size)
+    positions = torch.arange(length + 7).expand(2, -1)
+    cache, out, seen = make_cache(2), [], 0
+    for size, record in ((length, 2), (6, 6), (1, 1)):
+        before = [[part.clone() for part in layer.state or ()] for layer in cache.layers]
+        held = [layer.state or () for layer in cache.layers]
+        part = slice(seen, seen + size)
+        out.append(stack(x[:, part], positions[:, part], cache=cache, record=record))
+        seen += size
+        assert all(torch.equal(a, b) for layers in zip(held, before, strict=True) for a, b in zip(*layers, strict=True))
+        for back in range(record):
+            alone = make_cache(2)
+            stack(x[:, : seen - back], cache=alone)
+            for layer, expected in zip(cache.layers, alone.layers, strict=True):
+                for a, b in zip(layer.history[-1 - back], expected.state, strict=True):
+                    close(a, b, EXACT, f"state {back} tokens before {seen}")
+    close(torch.cat(out, 1), stack(x), EXACT, "output")
+
+
+@torch.no_grad()
+def test_recorded_states_with_padding(name, small, make_stack, make_cache, make_tokens, close):
+    stack = make_stack(name, {}, small).double()
+    x = make_tokens(1, 20, small.hidden_size)
+    padding, positions = torch.arange(20)[None] >= 4, (torch.arange(20)[None] - 4).clamp(min=0)
+    cache, alone = make_cache(2), make_cache(2)
+    stack(x, positions, padding, cache=cache, record=18)
+    stack(x[:, 4:], cache=alone, record=16)
+    for layer, expected in zip(cache.layers, alone.layers, strict=True):
+        assert len(layer.history) == 18
+        for found, wanted in zip(layer.history[2:], expected.history, strict=True):
+            for a, b in zip(found, wanted, strict=True):
+                close(a, b, EXACT)
+
+
 def test_left_padding_is_exact(name, options, small, make_stack, make_cache, make_tokens, close):
     """Rows of a padded batch equal the rows alone, also alone at batch 1, whole or in pieces, then decoding."""
     stack = make_stack(name, options, small).double()

@@ -24,7 +24,7 @@ DIRECTIONS: dict[str, dict[str, set[str] | None]] = {
         "mixers": None,
         "distill": {
             *("errors", "families", "family", "files", "digest", "run_folder"),
-            *("teacher", "student", "modeling", "data"),
+            *("teacher", "student", "modeling", "data", "draft"),
         },
     },
     "recipes": {"mixers": None, "distill": None, "eval": None},
