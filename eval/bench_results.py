@@ -135,7 +135,7 @@ def bench_draft(
     from .fidelity import check_same_vocabulary
 
     draft, target = models.get("student"), models.get("teacher")
-    check_same_vocabulary(str(models.names["student"]), str(models.names["teacher"]), draft, target, hint)
+    check_same_vocabulary(str(models.names["student"]), str(models.names["teacher"]), draft, target, hint=hint)
     shared = dataclasses.asdict(share_equal(draft[0], target[0]))
     about = machine(torch.device(models.place))
     given = dataclasses.asdict(settings) | {"dtype": models.dtype, "text": list(text or [])}

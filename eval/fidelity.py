@@ -243,7 +243,7 @@ _COMPARE = "compare models of one family, e.g. an export with the teacher it was
 
 
 def check_same_vocabulary(
-    student: str, teacher: str, ours: tuple[Any, Any], theirs: tuple[Any, Any], hint: str = _COMPARE
+    student: str, teacher: str, ours: tuple[Any, Any], theirs: tuple[Any, Any], *, hint: str = _COMPARE
 ) -> None:
     """Refuse two (model, tokenizer) pairs, named as given, whose tokens are not the same.
 

@@ -60,7 +60,7 @@ def generate(
         model, tokenizer = load_model(folder, trust_remote_code=trust_remote_code)
         if draft is not None:
             other, its_tokenizer = load_model(draft, trust_remote_code=trust_remote_code)
-            check_same_vocabulary(draft, folder, (other, its_tokenizer), (model, tokenizer), DRAFT_HINT)
+            check_same_vocabulary(draft, folder, (other, its_tokenizer), (model, tokenizer), hint=DRAFT_HINT)
             shared = share_equal(other, model)
     ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if ids["input_ids"].shape[1] == 0:
