@@ -119,13 +119,13 @@ def test_left_padding_is_exact(name, options, small, make_stack, make_cache, mak
     padding = torch.arange(total + 2) >= start
     positions = (torch.arange(total + 2) - start).clamp(min=0)
     batches = [slice(0, 4)] + [slice(i, i + 1) for i in range(4)]
+    alone = [stack(x[i : i + 1, total - lengths[i] :])[0] for i in range(4)]
     for sizes in ([total + 2], [total, 1, 1], [10, 40, 2]):
         for rows in batches:
             places = {"positions": positions[rows], "padding": padding[rows]}
             out = pieces(stack, make_cache(2), x[rows], sizes, **places)
             for row, i in zip(out, range(4)[rows], strict=True):
-                alone = stack(x[i : i + 1, total - lengths[i] :])[0]
-                close(row[total - lengths[i] :], alone, EXACT, f"row {i} in pieces {sizes}")
+                close(row[total - lengths[i] :], alone[i], EXACT, f"row {i} in pieces {sizes}")
 
 
 def test_padding_holds_nothing_back(name, small, make_stack, make_cache, make_tokens, close):

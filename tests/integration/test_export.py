@@ -33,12 +33,14 @@ def export(llama: Path, tmp_path: Path) -> Path:
     return export_student(student, llama, tmp_path / "export", extra={"recipe.yaml": "schema: 1\n"})
 
 
-def test_verify_passes_for_every_family(any_teacher: Path, tmp_path: Path) -> None:
-    # Half of the families with every layer converted, half with attention at both ends.
-    layers = [0, 1, 2, 3] if "qwen" in any_teacher.name else [1, 2]
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "gpt_neox"])
+def test_verify_passes(family: str, make_teacher: Any, tmp_path: Path) -> None:
+    """The same checks of every family, in one process for all of them: test_families.py."""
+    teacher = make_teacher(family)
+    layers = [0, 1, 2, 3] if family == "qwen2" else [1, 2]
     names = registry.names()
     plan = {layer: (names[index % len(names)], {}) for index, layer in enumerate(layers)}
-    export_student(converted(any_teacher, plan), any_teacher, tmp_path / "export")
+    export_student(converted(teacher, plan), teacher, tmp_path / "export")
     report = verify(tmp_path / "export")
     assert report["ok"], {name: check for name, check in report["checks"].items() if not check["ok"]}
     assert len(report["checks"]) == 16
