@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -36,7 +37,10 @@ def test_commands_of_the_documents_work(page, count, make_teacher, story_file, t
     train.write_text("<|endoftext|>".join(stories[:350]))
     valid.write_text("<|endoftext|>".join(stories[350:]))
     places = {"FOLDER_OR_ID": teacher, "HELD_OUT_FILE": valid, "=FILE": f"={train}", "--license ID": "--license mit"}
-    places |= {"$TEACHER": teacher, "$TRAIN": train, "$VALID": valid}
+    chats = tmp_path / "chats.jsonl"
+    asked = [{"prompt": story[:40], "completion": story[40:80]} for story in map(str.strip, stories[:60])]
+    chats.write_text("\n".join(map(json.dumps, asked)))
+    places |= {"CHATS": chats, "$TEACHER": teacher, "$TRAIN": train, "$VALID": valid}
     lines = commands(ROOT / page)
     assert len(lines) >= count
     for line in lines:
@@ -45,6 +49,8 @@ def test_commands_of_the_documents_work(page, count, make_teacher, story_file, t
         words = shlex.split(line)[1:]
         if words[0] in ("run", "select"):
             words += SMALL
+        if words[0] == "posttrain":
+            words += ["steps=2", "batch=4"]
         if words[0] == "select":
             words += ["--by", "restore-kl", "--tokens", "1k"]
         if words[0] == "eval":
