@@ -109,7 +109,9 @@ class Zero(Engine):
             config["zero_optimization"].pop("offload_optimizer", None)
             self._cut(placed.backbone, config)
             deepspeed.initialize(model=placed.backbone, config=config)
-            placed.model.to(self.world.device)  # the head, where the backbone does not hold it
+            for parameter in placed.model.parameters():  # the head, where the backbone does not hold it
+                if not hasattr(parameter, "ds_id"):
+                    parameter.data = parameter.data.to(self.world.device)
             self._teacher = teacher, placed
         return self._teacher[1]
 
