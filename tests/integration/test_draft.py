@@ -388,7 +388,7 @@ def test_two_hundred_prompts(shared: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     runner.convert("gated_deltanet", given)
     (target, tokenizer), (draft, _) = load_model(folder), load_model(tmp_path / "run" / "export")
-    settings = Settings(tokens=24, prompts=200)
+    settings = Settings(tokens=12, prompts=200)
     row = measure_length(target, draft, prompts_of(tokenizer, [str(text / "valid.txt")], 24, settings, 512), settings)
     assert row["different"] == 0 and row["ties"] <= 2 and row["identical"] + row["ties"] == 200
     assert row["accepted_per_verification"] > 1
