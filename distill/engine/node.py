@@ -119,7 +119,7 @@ def _move(module: nn.Module) -> tuple[int, _Table]:
             table.places[id(tensor)] = table.size, tensor.dtype, tensor.shape
             table.size += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
     file = os.memfd_create("relinear")
-    os.ftruncate(file, table.size)
+    os.ftruncate(file, max(1, table.size))  # a module without parameters, too, is mapped
     table.path = f"/proc/{os.getpid()}/fd/{file}"
     memory = mmap.mmap(file, table.size)
     for parameter in module.parameters():

@@ -96,3 +96,9 @@ def test_ranks_of_a_node_hold_one_copy(make_teacher: Any, tmp_path: Path) -> Non
         assert second[case]["writes"] is not together
         assert second[case]["made"] == (not together)
         assert (second[case]["seen"] == 7.0) is together
+
+
+def test_a_module_without_parameters_is_handed_on_too() -> None:
+    file, table = node._move(torch.nn.Identity())
+    assert isinstance(node._map(torch.nn.Identity(), table), torch.nn.Identity)
+    os.close(file)
