@@ -11,7 +11,7 @@ from ...recipes.teacher_config import locate
 from ..bench_text import draft_text
 from ..output import data, data_json, next_command, only_talk, talk
 from .bench_model import parse_lengths
-from .common import DRAFT_HINT, DraftTokens, Json, Trust, examples
+from .common import DRAFT_HINT, Device, DraftTokens, Dtype, Json, Threads, Trust, examples
 
 LENGTHS = "256,512,1Ki,2Ki,4Ki,8Ki"
 
@@ -40,11 +40,9 @@ def draft(
     tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens generated behind each prompt.")] = 64,
     prompts: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts of each length.")] = 3,
     draft_tokens: DraftTokens = None,
-    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="Of the weights; auto: as each was saved.")] = "float32",
-    device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="auto (a GPU where there is one), cpu, cuda or cuda:N.")
-    ] = "auto",
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch on a CPU.")] = 1,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    threads: Threads = 1,
     out: Annotated[
         Path | None,
         typer.Option(

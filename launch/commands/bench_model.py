@@ -15,7 +15,7 @@ from ...recipes.teacher_config import locate
 from ...recipes.units import parse_count
 from ..bench_text import model_text
 from ..output import data, data_json, next_command, only_talk, talk
-from .common import Json, examples
+from .common import Device, Dtype, Json, Threads, examples
 
 if TYPE_CHECKING:
     from ...eval.models import Models
@@ -53,11 +53,9 @@ def model(
         typer.Option(min=1, metavar="N", help="Tokens of one prefill call; all by default.", show_default=False),
     ] = None,
     memory: Annotated[str, typer.Option(metavar="SIZE", help="For the largest batch, weights included.")] = "16GB",
-    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="Of the weights; auto: as each was saved.")] = "float32",
-    device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="auto (a GPU where there is one), cpu, cuda or cuda:N.")
-    ] = "auto",
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch on a CPU.")] = 1,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    threads: Threads = 1,
     out: Annotated[
         Path | None,
         typer.Option(

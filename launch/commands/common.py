@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +26,16 @@ DraftTokens = Annotated[
         help="Tokens of every draft; by default 5 at first, then as many as acceptance suggests.",
         show_default=False,
     ),
+]
+Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="Of the weights; auto: as each was saved.")]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto (a GPU where there is one), cpu, cuda or cuda:N.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of torch on a CPU.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where the run in this folder stopped.")]
+MaxHours = Annotated[
+    float | None, typer.Option(min=0, metavar="H", help="Save and stop after H hours.", show_default=False)
+]
+RunDir = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Run folder; the same as save.dir=DIR.", show_default=False)
 ]
 DRAFT_HINT = (
     "a draft needs the very tokens of its target: take an export that was made from it (relinear run RECIPE "

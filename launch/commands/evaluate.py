@@ -10,7 +10,7 @@ import typer
 from ...distill.errors import MachineError, UserError
 from ..output import data, data_json, next_command, talk
 from ..progress import Progress
-from .common import Folder, Json, Trust, examples
+from .common import Device, Dtype, Folder, Json, Trust, examples
 from .eval_text import shown
 
 ALL = "all"
@@ -60,8 +60,6 @@ Questions = Annotated[Path | None, _option("mt_bench: its question.jsonl.", "FIL
 Endpoint = Annotated[str | None, _option("mt_bench: address of the judge, OpenAI-compatible.", "URL")]
 Judge = Annotated[str | None, _option("mt_bench: the judge's model.", "MODEL")]
 ApiKey = Annotated[str | None, _option("mt_bench: variable that holds the judge's key; OPENAI_API_KEY.", "NAME")]
-Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="Of the weights; auto: as each was saved.")]
-Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto (a GPU where there is one), cpu, cuda or cuda:N.")]
 Out = Annotated[
     Path | None, _option("Where results are stored; RUN/eval, or eval-results/NAME outside a run.", "FOLDER")
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,7 +11,7 @@ from .. import worker
 from ..output import data, data_json, next_command
 from ..progress import Progress
 from ..signals import STOPPED, stoppable
-from .common import Json, command_line, examples
+from .common import Json, MaxHours, Resume, RunDir, command_line, examples
 
 
 def register(app: typer.Typer) -> None:
@@ -34,13 +33,9 @@ def posttrain(
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, e.g. lr=1e-4", show_default=False),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in this folder stopped.")] = False,
-    max_hours: Annotated[
-        float | None, typer.Option(min=0, metavar="H", help="Save and stop after H hours.", show_default=False)
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Run folder; the same as save.dir=DIR.", show_default=False)
-    ] = None,
+    resume: Resume = False,
+    max_hours: MaxHours = None,
+    out: RunDir = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Open and check everything, and stop before anything is written.")
     ] = False,

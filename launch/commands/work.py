@@ -13,7 +13,7 @@ from .. import processes, worker
 from ..output import data, data_json, next_command
 from ..progress import Progress
 from ..signals import STOPPED, stoppable
-from .common import Json, Overrides, Recipe, check_engine, command_line, examples
+from .common import Json, MaxHours, Overrides, Recipe, Resume, RunDir, check_engine, command_line, examples
 
 
 def register(app: typer.Typer) -> None:
@@ -61,13 +61,9 @@ def run(
     context: typer.Context,
     recipe: Recipe,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in this folder stopped.")] = False,
-    max_hours: Annotated[
-        float | None, typer.Option(min=0, metavar="H", help="Save and stop after H hours.", show_default=False)
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Run folder; the same as save.dir=DIR.", show_default=False)
-    ] = None,
+    resume: Resume = False,
+    max_hours: MaxHours = None,
+    out: RunDir = None,
     start: Annotated[
         Path | None,
         typer.Option(metavar="RUN", help="Take that run's mixers instead of transferring anew.", show_default=False),

@@ -44,7 +44,6 @@ class Work:
         held: its tensors as they were.
         template: the recipe's chat template, where it names one.
         progress: whom to tell.
-        adapters: whether peft's adapters are on the model.
     """
 
     recipe: PosttrainRecipe
