@@ -19,6 +19,14 @@ from pathlib import Path
 CHILD = Path(__file__).with_name("engine_child.py")
 
 
+def forget_world() -> None:
+    """Drop what accelerate found out in this process before it became a rank: it would go on as one process alone."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 class Forked:
     """Work done in a fork of this process, which has all modules loaded: a kill costs no start."""
 
@@ -75,6 +83,7 @@ class Ranks:
             world = {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
             if count > 1:
                 os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | world)
+                forget_world()
             return work()
 
         return cls(
