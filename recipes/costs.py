@@ -36,7 +36,7 @@ _UNMIXED = ("v_proj", "o_proj", "g_proj", "out_norm", "ln_x", "v0", "v1", "v2", 
 CPU_ALLOCATOR = {"align": 0.57, "glue": 0.26}
 """Of the activations, by stage: what glibc's heap does not give back between tensors of other sizes, measured in
 docs/results/train.md. Tensors above 32 MiB, which it maps one by one, leave less."""
-CPU_PROCESS = 15_000_000  # bytes of code and pools that a first step brings in
+CPU_PROCESS = 25_000_000  # bytes of code and pools that first steps bring in, measured likewise
 CACHE_LENGTHS = (4096, 32768, 131072)
 # Floats kept for a backward pass, per token, counted from the tensors that plain torch saves at widths 128 to 512: by
 # the rest of a layer 5 per hidden and 4 per feed-forward channel. Attention's 8 are q, k, v, their rotated copies and
