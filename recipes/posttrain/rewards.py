@@ -18,11 +18,12 @@ def text_of(completion: Any) -> str:
 
 
 def number(text: str) -> Decimal | None:
-    """A text that is one number: `1,024`, `-3`, `2.50`; None where it is something else."""
+    """A text that is one number: `1,024`, `-3`, `2.50`; None where it is something else, the word `infinity` too."""
     try:
-        return Decimal(text.strip().replace(",", ""))
+        found = Decimal(text.strip().replace(",", ""))
     except InvalidOperation:
         return None
+    return found if found.is_finite() else None
 
 
 def answer_of(text: str, right: str, read: str) -> str | None:

@@ -122,6 +122,8 @@ def test_what_is_held_out_depends_on_the_prompts_alone() -> None:
         ("", "22", "line", 0.0),
         (" Paris \n", "Paris", "last", 1.0),
         ("Paris or Rome", "Paris", "last", 0.0),
+        ("infinity", "Infinity", "last", 0.0),
+        ("nan", "nan", "last", 1.0),
     ],
 )
 def test_exact_reward(text: str, right: str, read: Any, value: float) -> None:
