@@ -11,8 +11,9 @@ from typing import Any
 from ..distill.errors import RunFailed
 from . import store
 from .models import Models
+from .texts import text_files
 
-NAME = "bench"
+BENCH = "bench"
 DRAFT = "draft"
 
 
@@ -55,48 +56,25 @@ def bench(
     device = torch.device(models.place)
     about = machine(device)
     given = dataclasses.asdict(settings) | {"dtype": models.dtype}
-    checkpoints = {side: models.digest(side) for side in ("student", "teacher")}
-    used = store.versions()
     # How long one was ready to wait makes no other figures: every row says how many turns it is of.
     binding = {name: value for name, value in given.items() if name != "max_seconds"}
-    key = store.result_key(NAME, checkpoints, binding, about, used)
-    place = store.Store(folder)
-    before = None if again else place.find(NAME, key)
-    rows = {row["length"]: row for row in (before or {}).get("lengths", [])}
-    wanted = sorted(set(lengths))
-    spent, begin = (before or {}).get("seconds", 0.0), time.perf_counter()
+    rows = _Rows(BENCH, models, given, folder, about, bound=(binding, about), again=again)
 
-    def keep(rows: list[dict[str, Any]]) -> None:
-        for row in rows:
+    def keep(found: list[dict[str, Any]]) -> None:
+        for row in found:
             for side in ("student", "teacher"):
                 if row[side] is not None and "predicted_cache_bytes" not in row[side]:
                     row[side]["predicted_cache_bytes"] = predict(side, row["length"])
-        result = {
-            "suite": NAME,
-            "models": models.names,
-            "checkpoints": checkpoints,
-            "settings": given,
-            "versions": used,
-            "seconds": round(spent + time.perf_counter() - begin, 2),
-            "key": key,
-            "machine": about,
-            "memory_is": MEMORY_IS[device.type],
-            "lengths": rows,
-        }
-        place.put(NAME, result)
+        rows.keep(found, memory_is=MEMORY_IS[device.type])
 
-    if kept := [length for length in wanted if length in rows]:
-        progress(f"measured before: {', '.join(map(str, kept))} tokens")
-    if missing := [length for length in wanted if length not in rows]:
+    if missing := rows.missing(lengths, progress):
         student, _, teacher = models.pair()
         loaded = {"student": student} | ({} if teacher is None else {"teacher": teacher})
         try:
-            measure(loaded, missing, settings, kept=rows, keep=keep, progress=progress)
+            measure(loaded, missing, settings, kept=rows.kept, keep=keep, progress=progress)
         except ValueError as error:
             raise RunFailed(f"bench: {error}") from None
-    elif before is not None:
-        place.put(NAME, before)  # the newest again, if another stood in its place
-    return store.read(place.path(NAME)) or {}
+    return rows.result()
 
 
 def bench_draft(
@@ -107,9 +85,12 @@ def bench_draft(
     *,
     text: Sequence[str] | None = None,
     hint: str,
+    again: bool = False,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Measure a draft ("student") of a target ("teacher"), and keep every length as it is done.
+    """Measure the lengths that `folder` does not hold yet with a draft ("student") of a target ("teacher").
+
+    Each is kept as it is done, and taken up again as `bench` does, where the text is the same too.
 
     Args:
         models: both checkpoints.
@@ -118,11 +99,12 @@ def bench_draft(
         folder: a model's results folder.
         text: files to cut prompts from; None for random tokens.
         hint: what to do where their vocabularies differ.
+        again: measure all of them anew.
         progress: called with lines.
 
     Returns:
         What draft.json then holds: what every result file does, "machine", "shared" (fields of `distill.draft.Shared`)
-        and "lengths": rows of `bench_draft.measure_length`.
+        and "lengths": rows of `bench_draft.measure_length`, those of other lengths too.
 
     Raises:
         UserError: as loading the models does; other vocabularies; too little text.
@@ -134,30 +116,73 @@ def bench_draft(
     from .bench_model import machine
     from .fidelity import check_same_vocabulary
 
-    draft, target = models.get("student"), models.get("teacher")
-    check_same_vocabulary(str(models.names["student"]), str(models.names["teacher"]), draft, target, hint=hint)
-    shared = dataclasses.asdict(share_equal(draft[0], target[0]))
     about = machine(torch.device(models.place))
     given = dataclasses.asdict(settings) | {"dtype": models.dtype, "text": list(text or [])}
-    checkpoints = {side: models.digest(side) for side in ("student", "teacher")}
-    used, begin, place = store.versions(), time.perf_counter(), store.Store(folder)
-    wanted = sorted(set(lengths))
-    key = store.result_key(DRAFT, checkpoints, given | {"lengths": wanted}, about, used)
+    binding = {**given, "text": None if text is None else [text_files(source).digest for source in text]}
+    rows = _Rows(DRAFT, models, given, folder, about, bound=(binding, about), again=again)
+    if missing := rows.missing(lengths, progress):
+        draft, target = models.get("student"), models.get("teacher")
+        check_same_vocabulary(str(models.names["student"]), str(models.names["teacher"]), draft, target, hint=hint)
+        shared = dataclasses.asdict(share_equal(draft[0], target[0]))
 
-    def keep(rows: list[dict[str, Any]]) -> None:
-        result = {
-            "suite": DRAFT,
-            "models": models.names,
-            "checkpoints": checkpoints,
-            "settings": given,
-            "versions": used,
-            "seconds": round(time.perf_counter() - begin, 2),
-            "key": key,
-            "machine": about,
-            "shared": shared,
-            "lengths": rows,
-        }
-        place.put(DRAFT, result)
+        def keep(found: list[dict[str, Any]]) -> None:
+            rows.keep(found, shared=shared)
 
-    measure(target[0], draft[0], target[1], wanted, settings, text=text, keep=keep, progress=progress)
-    return store.read(place.path(DRAFT)) or {}
+        measure(
+            target[0], draft[0], target[1], missing, settings, text=text, kept=rows.kept, keep=keep, progress=progress
+        )
+    return rows.result()
+
+
+class _Rows:
+    """A result file of one row for every length, each kept as it is done.
+
+    Args:
+        name: of the file.
+        models: their digests are part of what binds.
+        given: settings, as the file says them.
+        folder: a model's results folder.
+        about: the machine.
+        bound: settings and inputs that must be the same for a row to be taken up again.
+        again: forget what is stored.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        models: Models,
+        given: dict[str, Any],
+        folder: Path,
+        about: Any,
+        *,
+        bound: tuple[dict[str, Any], Any],
+        again: bool,
+    ) -> None:
+        checkpoints = {side: models.digest(side) for side in ("student", "teacher")}
+        used = store.versions()
+        key = store.result_key(name, checkpoints, *bound, used)
+        self._name, self._place, self._begin = name, store.Store(folder), time.perf_counter()
+        self._before = None if again else self._place.find(name, key)
+        self._spent = (self._before or {}).get("seconds", 0.0)
+        self._head = {"suite": name, "models": models.names, "checkpoints": checkpoints, "settings": given}
+        self._head |= {"versions": used, "key": key, "machine": about}
+        self.kept = {row["length"]: row for row in (self._before or {}).get("lengths", [])}
+
+    def missing(self, lengths: Iterable[int], progress: Callable[[str], None]) -> list[int]:
+        """Those that are not stored; without any, what is stored is the newest result again."""
+        wanted = sorted(set(lengths))
+        if kept := [length for length in wanted if length in self.kept]:
+            progress(f"measured before: {', '.join(map(str, kept))} tokens")
+        missing = [length for length in wanted if length not in self.kept]
+        if not missing and self._before is not None:
+            self._place.put(self._name, self._before)
+        return missing
+
+    def keep(self, rows: list[dict[str, Any]], **more: Any) -> None:
+        """Store all rows so far."""
+        seconds = round(self._spent + time.perf_counter() - self._begin, 2)
+        self._place.put(self._name, {**self._head, "seconds": seconds, **more, "lengths": rows})
+
+    def result(self) -> dict[str, Any]:
+        """What the file holds."""
+        return store.read(self._place.path(self._name)) or {}

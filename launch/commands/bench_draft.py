@@ -11,7 +11,7 @@ from ...recipes.teacher_config import locate
 from ..bench_text import draft_text
 from ..output import data, data_json, next_command, only_talk, talk
 from .bench_model import parse_lengths
-from .common import DRAFT_HINT, Device, DraftTokens, Dtype, Json, Threads, Trust, examples
+from .common import DRAFT_HINT, Again, Device, DraftTokens, Dtype, Json, Threads, Trust, examples
 
 LENGTHS = "256,512,1Ki,2Ki,4Ki,8Ki"
 
@@ -52,12 +52,14 @@ def draft(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of prompts without text.")] = 0,
+    again: Again = False,
     trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
     """Measure accepted tokens per verification and the speed-up that a draft brings, over the context.
 
-    Greedy, batch 1, target alone and with the draft in turns in one process; their tokens are compared.
+    Greedy, batch 1, target alone and with the draft in turns in one process; their tokens are compared. Every length is
+    stored when it is done: a run that was stopped goes on where it was.
     """
     wanted = parse_lengths(lengths)
     import torch
@@ -75,7 +77,9 @@ def draft(
         )
         models.names = {"student": draft, "teacher": folder}
         place = results_folder(models.folders["student"], out)
-        found: dict[str, Any] = bench_draft(models, wanted, settings, place, text=text, hint=DRAFT_HINT, progress=talk)
+        found: dict[str, Any] = bench_draft(
+            models, wanted, settings, place, text=text, hint=DRAFT_HINT, again=again, progress=talk
+        )
     if json:
         data_json(found)
     else:

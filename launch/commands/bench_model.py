@@ -15,7 +15,7 @@ from ...recipes.teacher_config import locate
 from ...recipes.units import parse_count
 from ..bench_text import model_text
 from ..output import data, data_json, next_command, only_talk, talk
-from .common import Device, Dtype, Json, Threads, examples
+from .common import Again, Device, Dtype, Json, Threads, examples
 
 if TYPE_CHECKING:
     from ...eval.models import Models
@@ -64,7 +64,7 @@ def model(
             show_default=False,
         ),
     ] = None,
-    again: Annotated[bool, typer.Option("--again", help="Measure anew what is stored already.")] = False,
+    again: Again = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that a foreign model brings.")
     ] = False,

@@ -18,6 +18,7 @@ Trust = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run code that a foreign model brings; relinear's own never need it."),
 ]
+Again = Annotated[bool, typer.Option("--again", help="Measure anew what is stored already.")]
 DraftTokens = Annotated[
     int | None,
     typer.Option(

@@ -10,7 +10,7 @@ import typer
 from ...distill.errors import MachineError, UserError
 from ..output import data, data_json, next_command, talk
 from ..progress import Progress
-from .common import Device, Dtype, Folder, Json, Trust, examples
+from .common import Again, Device, Dtype, Folder, Json, Trust, examples
 from .eval_text import shown
 
 ALL = "all"
@@ -63,7 +63,6 @@ ApiKey = Annotated[str | None, _option("mt_bench: variable that holds the judge'
 Out = Annotated[
     Path | None, _option("Where results are stored; RUN/eval, or eval-results/NAME outside a run.", "FOLDER")
 ]
-Again = Annotated[bool, typer.Option("--again", help="Measure anew what is stored already.")]
 
 
 def register(app: typer.Typer) -> None:

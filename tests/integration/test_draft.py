@@ -357,8 +357,20 @@ def test_bench_draft_keeps_what_it_measured(
         assert row["identical"] + row["ties"] == row["prompts"] == 2
         assert row["accepted_per_verification"] + 1 == pytest.approx(row["tokens_per_verification"])
         assert row["speed_up_min"] <= row["speed_up"] <= row["speed_up_max"]
+    more = [*line, "--text", str(story_file), "--out", str(tmp_path / "out"), "--lengths", "16,24", "--json"]
+    assert main(more) == 0
+    out, err = capsys.readouterr()
+    assert "measured before: 16 tokens" in err and "24 tokens of context" in err
+    again = json.loads(out)["lengths"]
+    assert [row["length"] for row in again] == [16, 24, 300] and [again[0], again[2]] == found["lengths"]
+    assert main([*more, "--again"]) == 0
+    assert [row["length"] for row in json.loads(capsys.readouterr().out)["lengths"]] == [16, 24]
     assert main([*line, "--out", str(tmp_path / "out")]) == 0
     assert "identical" in capsys.readouterr().out.splitlines()[0]
+    other = tmp_path / story_file.name
+    other.write_text(story_file.read_text() + " The end.")
+    assert main([*line, "--text", str(other), "--out", str(tmp_path / "out")]) == 0
+    assert "measured before" not in capsys.readouterr().err
     assert main([*line, "--text", str(story_file), "--prompts", "9000"]) == 2
 
 
