@@ -330,6 +330,7 @@ def test_a_step_is_a_token_of_the_recurrence_in_place(op, inputs, dtype):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(state, parts(final), strict=True))
 
 
+@pytest.mark.slow
 @OPS
 def test_compiles_whole(op, inputs):
     """Two chunks and a rest, forward and backward, without a graph break."""
