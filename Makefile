@@ -1,4 +1,4 @@
-# make quickstart   install and convert the embedded teacher: the whole main job, about 4 minutes on 2 cores
+# make quickstart   install and convert the embedded teacher: the whole main job, about 5 minutes on 2 cores
 # make test         install with the development tools and run the tests
 # make test-oldest  the lowest transformers that pyproject.toml allows: what touches its interface
 # make test-kernels in an environment of its own: other projects' fused kernels against ours, on the CPU

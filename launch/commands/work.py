@@ -45,7 +45,7 @@ def quickstart(
 
     All of its layers, and all but one; then measure what was lost and won, export, verify and generate.
 
-    Needs no network and no GPU; about 4 minutes on 2 cores.
+    Needs no network and no GPU; about 5 minutes on 2 cores.
     """
     from ...recipes.quickstart import quickstart as work
 
