@@ -6,7 +6,7 @@ with no end of sequence, batch 1; ratios are taken within a prompt. The tokens o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,30 +148,3 @@ def verdict(target: Any, alone: torch.Tensor, drafted: torch.Tensor) -> str:
         if float(best[0] - best[1]) <= TIE:
             return "ties"
     return "different"
-
-
-def measure(
-    target: Any,
-    draft: Any,
-    tokenizer: Any,
-    lengths: Iterable[int],
-    settings: Settings,
-    *,
-    text: Sequence[str] | None = None,
-    kept: Mapping[int, dict[str, Any]] | None = None,
-    keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
-    progress: Callable[[str], None] = lambda line: None,
-) -> list[dict[str, Any]]:
-    """Rows of `measure_length`, by ascending length; `keep` is called with all so far after each that is not in `kept`.
-
-    Raises:
-        UserError: see `prompts_of`.
-    """
-    rows = dict(kept or {})
-    vocabulary = target.get_output_embeddings().weight.shape[0]
-    for length in sorted(set(lengths) - set(rows)):
-        progress(f"{length} tokens of context, {settings.prompts} prompts")
-        prompts = prompts_of(tokenizer, text, length, settings, vocabulary)
-        rows[length] = measure_length(target, draft, prompts, settings)
-        keep([rows[known] for known in sorted(rows)])
-    return [rows[length] for length in sorted(rows)]

@@ -65,7 +65,7 @@ def bench(
             for side in ("student", "teacher"):
                 if row[side] is not None and "predicted_cache_bytes" not in row[side]:
                     row[side]["predicted_cache_bytes"] = predict(side, row["length"])
-        rows.keep(found, memory_is=MEMORY_IS[device.type])
+        rows.keep(*found, memory_is=MEMORY_IS[device.type])
 
     if missing := rows.missing(lengths, progress):
         student, _, teacher = models.pair()
@@ -112,7 +112,7 @@ def bench_draft(
     import torch
 
     from ..distill.draft import share_equal
-    from .bench_draft import measure
+    from .bench_draft import measure_length, prompts_of
     from .bench_model import machine
     from .fidelity import check_same_vocabulary
 
@@ -124,13 +124,11 @@ def bench_draft(
         draft, target = models.get("student"), models.get("teacher")
         check_same_vocabulary(str(models.names["student"]), str(models.names["teacher"]), draft, target, hint=hint)
         shared = dataclasses.asdict(share_equal(draft[0], target[0]))
-
-        def keep(found: list[dict[str, Any]]) -> None:
-            rows.keep(found, shared=shared)
-
-        measure(
-            target[0], draft[0], target[1], missing, settings, text=text, kept=rows.kept, keep=keep, progress=progress
-        )
+        vocabulary = target[0].get_output_embeddings().weight.shape[0]
+        for length in missing:
+            progress(f"{length} tokens of context, {settings.prompts} prompts")
+            prompts = prompts_of(target[1], text, length, settings, vocabulary)
+            rows.keep(measure_length(target[0], draft[0], prompts, settings), shared=shared)
     return rows.result()
 
 
@@ -178,10 +176,12 @@ class _Rows:
             self._place.put(self._name, self._before)
         return missing
 
-    def keep(self, rows: list[dict[str, Any]], **more: Any) -> None:
-        """Store all rows so far."""
+    def keep(self, *rows: dict[str, Any], **more: Any) -> None:
+        """Store rows beside those that are kept, by ascending length."""
+        self.kept |= {row["length"]: row for row in rows}
         seconds = round(self._spent + time.perf_counter() - self._begin, 2)
-        self._place.put(self._name, {**self._head, "seconds": seconds, **more, "lengths": rows})
+        lengths = [self.kept[length] for length in sorted(self.kept)]
+        self._place.put(self._name, {**self._head, "seconds": seconds, **more, "lengths": lengths})
 
     def result(self) -> dict[str, Any]:
         """What the file holds."""
